@@ -1,0 +1,146 @@
+"""Fingerprints: when two plans prepare the same data.
+
+Of a function of the user's, its bytecode, constants, defaults, closure and the functions of the user's modules that it
+calls count; of a library's, its name, because `versions` covers the rest.
+"""
+
+import dataclasses
+import enum
+import functools
+import hashlib
+import importlib.metadata
+import platform
+import re
+import sysconfig
+import types
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import Any
+
+import pyarrow as pa
+
+from blocks.transform import HOUSE
+
+LIBRARIES = ("numpy", "pillow", "pyarrow", "torch")
+_INSTALLED = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), sysconfig.get_path("stdlib"))
+
+
+class NotFingerprintable(ValueError):
+    """A value that has no lasting identity, and where it was found."""
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """The versions of what turns files into tensors: Python's, the libraries', and a hash of this package's files."""
+    ours = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py"))))
+    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"python": platform.python_version(), "blocks": ours.hexdigest()} | libraries
+
+
+def fingerprint(*values: Any, **named: Any) -> str:
+    """16 hex digits of `values`. NotFingerprintable when one holds something without a lasting identity."""
+    digest = hashlib.sha256()
+    for token in _tokens([*values, named], seen={}):
+        digest.update(token.encode("utf-8", "surrogateescape"))
+        digest.update(b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _tokens(value: Any, seen: dict[int, int]) -> Iterator[str]:
+    match value:
+        case None | bool() | int() | float() | complex() | str() | bytes() | PurePath():
+            yield f"{type(value).__name__}:{value!r}"
+        case re.Pattern():
+            yield f"pattern:{value.pattern!r}:{value.flags}"
+        case enum.Enum():
+            yield f"{type(value).__qualname__}.{value.name}"
+        case list() | tuple():
+            yield f"{type(value).__name__}[{len(value)}"
+            for v in value:
+                yield from _tokens(v, seen)
+        case set() | frozenset():
+            yield f"set[{len(value)}"
+            yield from sorted(fingerprint(v) for v in value)
+        case dict():
+            yield f"dict[{len(value)}"
+            for k, v in value.items():
+                yield from _tokens(k, seen)
+                yield from _tokens(v, seen)
+        case pa.Table():
+            yield hashlib.sha256(_ipc(value)).hexdigest()
+        case types.FunctionType():
+            yield from _function(value, seen)
+        case functools.partial():
+            yield from _tokens([value.func, value.args, value.keywords], seen)
+        case type() | types.BuiltinFunctionType():
+            yield f"{value.__module__}:{value.__qualname__}"
+        case types.CodeType():
+            yield from _code(value, seen)
+        case types.MethodType():
+            yield from _tokens([value.__func__, value.__self__], seen)
+        case _ if dataclasses.is_dataclass(value):
+            yield f"{type(value).__module__}:{type(value).__qualname__}"
+            if not _of_a_library(type(value).__module__, None):
+                yield from _methods(type(value), seen)
+            for f in dataclasses.fields(value):
+                yield f.name
+                yield from _tokens(getattr(value, f.name), seen)
+        case _:
+            raise NotFingerprintable(f"{value!r:.80} ({type(value).__name__}) has no lasting identity")
+
+
+def _methods(cls: type, seen: dict[int, int]) -> Iterator[str]:
+    for name, member in sorted(vars(cls).items()):
+        if isinstance(member, types.FunctionType):
+            yield name
+            yield from _function(member, seen)
+        elif hasattr(member, "methods"):  # a function that plum dispatches
+            for m in member.methods:
+                yield f"{name}{m.signature}"
+                yield from _function(m.implementation, seen)
+
+
+def _function(f: types.FunctionType, seen: dict[int, int]) -> Iterator[str]:
+    if _of_a_library(f.__module__, f.__code__.co_filename):
+        yield f"{f.__module__}:{f.__qualname__}"
+        return
+    if id(f) in seen:  # a function that calls itself, or one that two others call
+        yield f"seen:{seen[id(f)]}"
+        return
+    seen[id(f)] = len(seen)
+    yield from _code(f.__code__, seen)
+    yield from _tokens([f.__defaults__, f.__kwdefaults__], seen)
+    for cell in f.__closure__ or ():
+        yield from _tokens(cell.cell_contents, seen)
+    for name in _names(f.__code__):
+        used = f.__globals__.get(name)
+        if isinstance(used, types.ModuleType):
+            yield f"module:{used.__name__}"
+        elif used is not None:
+            yield name
+            yield from _tokens(used, seen)
+
+
+def _code(code: types.CodeType, seen: dict[int, int]) -> Iterator[str]:
+    yield code.co_code.hex()
+    yield from code.co_names
+    for constant in code.co_consts:
+        yield from _tokens(constant, seen)
+
+
+def _names(code: types.CodeType) -> list[str]:
+    inner = [n for c in code.co_consts if isinstance(c, types.CodeType) for n in _names(c)]
+    return list(dict.fromkeys([*code.co_names, *inner]))
+
+
+def _of_a_library(module: str, filename: str | None) -> bool:
+    if module.partition(".")[0] in HOUSE:
+        return True
+    return filename is not None and any(Path(filename).is_relative_to(p) for p in _INSTALLED)
+
+
+def _ipc(table: pa.Table) -> memoryview:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return memoryview(sink.getvalue())

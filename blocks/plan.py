@@ -1,0 +1,198 @@
+"""`Plan`: what a DataBlock and a source become. Frozen stages in order, plain data that knows no engine.
+
+    Read -> Split -> Fit (one for each thing to learn) -> Encode   once, kept under the fingerprint
+    BatchSide                                                      each batch, on the device
+"""
+
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, assert_never
+
+import pyarrow as pa
+
+from blocks.fingerprint import NotFingerprintable, fingerprint, versions
+from blocks.transform import Pipeline, Transform, transform_from_plain
+
+
+@dataclass(frozen=True)
+class Read:
+    """List the items of a source."""
+
+    source: str
+    get_items: Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Say which rows train and which validate."""
+
+    splitter: Any
+    train: int
+    valid: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Learn the state of one transform of one column from the training part."""
+
+    column: str
+    position: int  # of the transform among the column's
+
+
+@dataclass(frozen=True)
+class Column:
+    """One input or target: how to get it from an item, and the transforms that make it a typed value."""
+
+    name: str
+    getter: Callable[[Any], Any]
+    type_tfms: Pipeline
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Make each item a row of typed values."""
+
+    columns: tuple[Column, ...]
+    item_tfms: Pipeline
+
+
+@dataclass(frozen=True)
+class BatchSide:
+    """What is left for each batch, on the model's device."""
+
+    batch_tfms: Pipeline
+
+
+Stage = Read | Split | Fit | Encode | BatchSide
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """`listing`: one row an item (id, item, size, mtime_ns, part: 0 train, 1 valid), in the order of the store."""
+
+    listing: pa.Table
+    stages: tuple[Stage, ...]
+
+    def stage(self, kind: type[Any]) -> Any:
+        """The one stage of this kind."""
+        (found,) = (s for s in self.stages if isinstance(s, kind))
+        return found
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return self.stage(Encode).columns
+
+    @property
+    def batch_tfms(self) -> Pipeline:
+        return self.stage(BatchSide).batch_tfms
+
+    def to_fit(self) -> list[tuple[Column, int]]:
+        """The columns with something to learn from the data, and where among their transforms."""
+        by_name = {c.name: c for c in self.columns}
+        return [(by_name[s.column], s.position) for s in self.stages if isinstance(s, Fit)]
+
+    def encode_with(self, fitted: Sequence[dict[str, Any]]) -> Encode:
+        """The encoding stage with the fitted transforms, given as plain data by column and position, in their places."""
+        encode: Encode = self.stage(Encode)
+        tfms = {c.name: list(c.type_tfms.transforms) for c in encode.columns}
+        for fit in fitted:
+            tfms[fit["column"]][fit["position"]] = transform_from_plain(fit["transform"])
+        columns = tuple(replace(c, type_tfms=Pipeline(tuple(tfms[c.name]))) for c in encode.columns)
+        return replace(encode, columns=columns)
+
+    @cached_property
+    def _identity(self) -> tuple[str, str | None]:
+        try:
+            return fingerprint(self._what_shapes_the_store(), self.listing.drop_columns(["item"])), None
+        except NotFingerprintable as reason:
+            return uuid.uuid4().hex[:16], str(reason)
+
+    def _what_shapes_the_store(self) -> list[Any]:
+        # What happens to each batch leaves the store as it is, so it may change without preparing anything again.
+        return [versions(), *(s for s in self.stages if not isinstance(s, BatchSide))]
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that change when the configuration, the listing, a function or a library does."""
+        return self._identity[0]
+
+    @property
+    def unkept(self) -> str | None:
+        """Why this plan cannot be recognised in a later run, or None."""
+        return self._identity[1]
+
+    def explain(self, prepared: Any = None) -> str:
+        """One line a stage: what, where, once or per batch, rows and bytes; with `prepared`, what came of it."""
+        lines = [f"plan {self.fingerprint}" + (f" (not kept across runs: {self.unkept})" if self.unkept else "")]
+        lines += [f"  {name:<7} {when:<11} {what}" for name, when, what in self._explained(prepared)]
+        return "\n".join(lines)
+
+    def _explained(self, prepared: Any) -> Iterator[tuple[str, str, str]]:
+        fitted = {} if prepared is None else {c.name: c.type_tfms for c in prepared.encode.columns}
+        for stage in self.stages:
+            match stage:
+                case Read(source, get_items):
+                    size = sum(s or 0 for s in self.listing["size"].to_pylist())
+                    yield "read", "once", f"{self.listing.num_rows} items, {_bytes(size)}, {_name(get_items)} of {source}"
+                case Split(splitter, train, valid):
+                    yield "split", "once", f"{_name(splitter)}: {train} training rows, {valid} validation rows"
+                case Fit(column, position):
+                    tfm = next(c for c in self.columns if c.name == column).type_tfms.transforms[position]
+                    state = f" = {_state(fitted[column].transforms[position])}" if column in fitted else ""
+                    yield "fit", "once", f"{column}: {type(tfm).__name__} on the training part, one pass{state}"
+                case Encode(columns, item_tfms):
+                    for c in columns:
+                        yield "encode", "once", f"{c.name}: {_name(c.getter)} -> {c.type_tfms}"
+                    yield "encode", "once", f"sample: {item_tfms}"
+                    if prepared is not None:
+                        yield "store", "once", prepared.described()
+                case BatchSide(batch_tfms):
+                    yield "batch", "each batch", f"{batch_tfms}, on the model's device"
+                case _:
+                    assert_never(stage)
+
+
+def listing_of(items: Sequence[Any], root: Path) -> pa.Table:
+    """One row an item: its id (a path relative to the source's root, else its position), itself, size and mtime."""
+    if isinstance(items[0], Path):
+        stats = [path.stat() for path in items]
+        return pa.table(
+            {
+                "id": [_relative(path, root) for path in items],
+                "item": [str(path) for path in items],
+                "size": pa.array([s.st_size for s in stats], pa.int64()),
+                "mtime_ns": pa.array([s.st_mtime_ns for s in stats], pa.int64()),
+            }
+        ).replace_schema_metadata({"items": "path"})
+    nothing = pa.nulls(len(items), pa.int64())
+    return pa.table({"id": [str(i) for i in range(len(items))], "item": items, "size": nothing, "mtime_ns": nothing})
+
+
+def items_in(rows: pa.Table) -> list[Any]:
+    """The items of some rows of a listing, as `get_items` gave them."""
+    items: list[Any] = rows["item"].to_pylist()
+    return [Path(i) for i in items] if (rows.schema.metadata or {}).get(b"items") == b"path" else items
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+
+
+def _name(f: Any) -> str:
+    return getattr(f, "__name__", None) or repr(f)
+
+
+def _state(t: Transform) -> str:
+    values = [v for v in t.to_plain().values() if isinstance(v, tuple)]
+    return "; ".join(f"{len(v)} values ({', '.join(map(str, v[:10]))}{', ...' if len(v) > 10 else ''})" for v in values)
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}" if unit != "B" else f"{n:.0f} B"
+        n /= 1000
+    return f"{n:.3g} TB"

@@ -1,0 +1,75 @@
+"""Typed tensors: what a column of numbers means, kept through indexing, arithmetic and stacking.
+
+Transforms, `show_batch` and `decode` choose what to do by these types; the model itself is given plain tensors
+(`as_plain`), because dispatch on a subclass costs microseconds for every operation.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+
+class TensorBase(torch.Tensor):
+    """A tensor whose class says what it means; results of operations on it keep the class of its first typed argument."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        return _typed(result, cls._of_first(args))
+
+    @classmethod
+    def _of_first(cls, args: Iterable[Any]) -> "type[TensorBase]":
+        for arg in args:
+            if isinstance(arg, TensorBase):
+                return type(arg)
+            if isinstance(arg, (list, tuple)):
+                found = cls._of_first(arg)
+                if found is not cls:
+                    return found
+        return cls
+
+
+def _typed(result: Any, kind: type[TensorBase]) -> Any:
+    if type(result) is torch.Tensor:
+        return result.as_subclass(kind)
+    if type(result) in (list, tuple):
+        return type(result)(_typed(r, kind) for r in result)
+    return result
+
+
+class TensorImage(TensorBase):
+    """Pixels, (..., channels, height, width); uint8 0..255 when stored, float32 once `IntToFloatTensor` has run."""
+
+
+class TensorImageBW(TensorImage):
+    """Pixels of one channel, (..., 1, height, width)."""
+
+
+class TensorCategory(TensorBase):
+    """Indices into a vocabulary, int64, (...)."""
+
+
+def as_plain(x: Any) -> Any:
+    """The same tensor without its type, sharing storage; anything else comes back as it is."""
+    return x.as_subclass(torch.Tensor) if isinstance(x, TensorBase) else x
+
+
+def tensor_type(name: str) -> type[torch.Tensor]:
+    """The typed tensor called `name`, as a stored column remembers it; ValueError for a name that is not one of ours."""
+    kinds: dict[str, type[torch.Tensor]] = {"Tensor": torch.Tensor}
+    pending: list[type[TensorBase]] = [TensorBase]
+    while pending:
+        kind = pending.pop()
+        kinds[kind.__name__] = kind
+        pending.extend(kind.__subclasses__())
+    if name not in kinds:
+        raise ValueError(f"unknown tensor type {name!r}; known: {', '.join(sorted(kinds))}")
+    return kinds[name]

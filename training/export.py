@@ -1,0 +1,135 @@
+"""Exports are data, not code: weights as safetensors, the way to build and to use the model as JSON.
+
+    learner.json         model builder and arguments, input-side and batch transforms, class names, loss, versions
+    model.safetensors    the weights
+
+Loading builds from our own registries only: it runs no pickle and imports nothing that a file names.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import blocks.category
+import blocks.vision  # noqa: F401  registers its transforms
+from blocks.dataloaders import input_tensor
+from blocks.plan import Column, Encode
+from blocks.tensors import as_plain
+from blocks.transform import Pipeline
+from training.losses import LOSSES
+from training.models import ModelSpec
+
+if TYPE_CHECKING:
+    from training.learner import Learner
+
+FORMAT = 1
+SPEC_FILE, WEIGHTS_FILE = "learner.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one item: the most probable class, its probability, and those of all classes."""
+
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+def export(learn: "Learner", path: str | Path) -> Path:
+    """Write `learn`'s model and input side to the folder `path`. ValueError when something of it is code, not data."""
+    spec = getattr(learn.model, "spec", None)
+    if not isinstance(spec, ModelSpec):
+        raise ValueError(
+            f"{type(learn.model).__name__} was not made by a registered builder, so it cannot be built again from data: "
+            "build it in a function decorated with @training.model_builder"
+        )
+    loss = getattr(learn.loss_func, "name", None)
+    if loss not in LOSSES:
+        raise ValueError(f"{learn.loss_func!r} is not one of the losses an export can name: {', '.join(LOSSES)}")
+    if learn.dls.encode is None:
+        raise ValueError("the data was not made from a DataBlock, so an export cannot know how to read an item")
+    encode = learn.dls.encode
+    written = {
+        "format": FORMAT,
+        "model": {"builder": spec.builder, "arguments": spec.arguments},
+        "input": encode.columns[0].type_tfms.to_plain(),
+        "item_tfms": encode.item_tfms.to_plain(),
+        "batch_tfms": learn.dls.batch_tfms.to_plain(),
+        "vocab": list(learn.dls.vocab),
+        "loss": loss,
+        "versions": {"torch": torch.__version__},
+    }
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: w.detach().cpu().contiguous() for name, w in learn.model.state_dict().items()}
+    safetensors.torch.save_file(weights, folder / WEIGHTS_FILE)
+    (folder / SPEC_FILE).write_text(json.dumps(written, indent=1))
+    return folder
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """An exported model, ready to predict in float32 on the CPU or where `model` was moved to."""
+
+    model: nn.Module
+    encode: Encode
+    batch_tfms: Pipeline
+    vocab: tuple[str, ...]
+    loss: nn.Module
+
+    def probabilities(self, items: Sequence[Any]) -> Tensor:
+        """Class probabilities (items, classes) of paths, encoded bytes, PIL images or arrays."""
+        columns = [input_tensor(self.encode, item) for item in items]
+        batch = self.batch_tfms(torch.stack(columns))
+        with torch.no_grad():
+            return self.loss.activation(self.model(as_plain(batch)))  # type: ignore[operator]
+
+    def predict(self, items: Sequence[Any]) -> list[Prediction]:
+        """One `Prediction` an item, in their order. UnreadableRow when an item is no picture."""
+        if not len(items):
+            return []
+        found = []
+        for row in self.probabilities(items):
+            best = int(row.argmax())
+            named = dict(zip(self.vocab, row.tolist(), strict=True))
+            found.append(Prediction(self.vocab[best], float(row[best]), named))
+        return found
+
+
+def load_predictor(path: str | Path) -> Predictor:
+    """The predictor that `export` wrote to the folder `path`.
+
+    FileNotFoundError when it is not an export; ValueError when it asks for what is not registered here, or its weights
+    do not fit its model.
+    """
+    folder = Path(path)
+    if not (folder / SPEC_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+        raise FileNotFoundError(f"{str(folder)!r} is not an exported model: {SPEC_FILE} and {WEIGHTS_FILE} are not both there")
+    spec = json.loads((folder / SPEC_FILE).read_text())
+    if spec.get("format") != FORMAT:
+        raise ValueError(f"{str(folder)!r} has format {spec.get('format')!r}; this version of fastray reads {FORMAT}")
+    if spec["loss"] not in LOSSES:
+        raise ValueError(f"{str(folder)!r} names the loss {spec['loss']!r}; known: {', '.join(LOSSES)}")
+    model = ModelSpec(spec["model"]["builder"], spec["model"]["arguments"]).build()
+    weights = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as mismatch:
+        raise ValueError(f"the weights in {str(folder)!r} do not fit its model: {mismatch}") from mismatch
+    return Predictor(
+        model=model.eval(),
+        encode=Encode((Column("x", _itself, Pipeline.from_plain(spec["input"])),), Pipeline.from_plain(spec["item_tfms"])),
+        batch_tfms=Pipeline.from_plain(spec["batch_tfms"]),
+        vocab=tuple(spec["vocab"]),
+        loss=LOSSES[spec["loss"]](),
+    )
+
+
+def _itself(item: Any) -> Any:
+    return item

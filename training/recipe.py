@@ -1,0 +1,126 @@
+"""`Recipe`: everything one training run needs, as a value, made by a recipe function whose arguments are its settings.
+
+    @recipe
+    def pets(*, arch: str = "resnet34", lr: float = 1e-3, schedule: Schedule = fine_tune(3)) -> Recipe:
+        "Cats and dogs, 37 breeds."
+        return Recipe(block=..., source=..., learner=partial(pets_learner, arch=arch), lr=lr, schedule=schedule)
+
+The command line, a sweep's space and a job set the same names. Calling a recipe function does no I/O and builds no model.
+"""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.expressions import NotAnExpression, read_expression
+from training.schedule import SCHEDULES, Schedule, total_epochs
+
+if TYPE_CHECKING:
+    from blocks.datablock import DataBlock
+    from blocks.dataloaders import DataLoaders
+    from training.learner import Learner
+
+# The runner's own words: they stand beside a recipe's settings on the command line, so no recipe may use them.
+RUNNER_WORDS = ("workers", "trials", "scheduler", "search", "register", "alias", "address", "experiment")
+
+
+class SettingError(ValueError):
+    """A setting that does not exist, or a value it does not take."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run.
+
+    source: where the data is, or a function that puts it there and returns where. learner: data -> Learner.
+    max_bad_rows: how many unreadable rows may be left out. name, settings: filled by `@recipe`.
+    """
+
+    block: "DataBlock"
+    source: str | Path | Callable[[], Path]
+    learner: Callable[["DataLoaders"], "Learner"]
+    lr: float
+    schedule: Schedule
+    batch_size: int = 64
+    seed: int = 0
+    max_bad_rows: int = 0
+    name: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs over all phases."""
+        return total_epochs(self.schedule)
+
+    def located(self) -> Path:
+        """Where the data is, once it is there."""
+        return Path(self.source() if callable(self.source) else self.source)
+
+
+RecipeFunction = Callable[..., Recipe]
+
+
+def recipe(function: RecipeFunction) -> RecipeFunction:
+    """Make `function` a recipe function: its keyword-only, annotated arguments with defaults are its settings.
+
+    TypeError when an argument is not such, or is one of the runner's own words.
+    """
+    parameters = inspect.signature(function).parameters
+    for name, p in parameters.items():
+        if name in RUNNER_WORDS:
+            raise TypeError(f"recipe {function.__name__}: {name!r} is a word of the runner ({', '.join(RUNNER_WORDS)}); rename it")
+        if p.kind is not p.KEYWORD_ONLY or p.annotation is p.empty or p.default is p.empty:
+            raise TypeError(f"recipe {function.__name__}: write {name!r} after *, with a type and a default")
+
+    @functools.wraps(function)
+    def make(**settings: Any) -> Recipe:
+        typed = {name: p.default for name, p in parameters.items()}
+        typed |= {name: checked(make, name, value) for name, value in settings.items()}
+        return replace(function(**typed), name=function.__name__, settings=typed)
+
+    return make
+
+
+def checked(make: RecipeFunction, name: str, value: Any) -> Any:
+    """`value` as the type of the setting `name`. SettingError when there is no such setting or it takes no such value."""
+    import pydantic
+
+    parameter = _parameter(make, name)
+    try:
+        return pydantic.TypeAdapter(parameter.annotation).validate_python(value)
+    except pydantic.ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise SettingError(
+            f"{name}={value!r} is not a value for this setting of {make.__name__}: {reason} "
+            f"(its default is {parameter.default!r})"
+        ) from None
+
+
+def read_setting(make: RecipeFunction, name: str, text: str, names: Mapping[str, Callable[..., Any]] = SCHEDULES) -> Any:
+    """The value of `name=text` as a person writes it, still unchecked: text for a setting of text, else an expression."""
+    parameter = _parameter(make, name)
+    try:
+        value = read_expression(text, names)
+    except NotAnExpression:
+        return text
+    except ValueError as error:
+        raise SettingError(f"{name}={text}: {error}") from None
+    return text if parameter.annotation is str and isinstance(value, str | int | float | None) else value
+
+
+def _parameter(make: RecipeFunction, name: str) -> inspect.Parameter:
+    parameters = inspect.signature(make).parameters
+    if name not in parameters:
+        raise SettingError(f"{make.__name__} has no setting {name!r}{did_you_mean(name, parameters)}")
+    return parameters[name]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The nearest known name, as the end of a sentence, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
