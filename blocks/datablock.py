@@ -58,7 +58,7 @@ class DataBlock:
     def plan(self, source: str | Path) -> Plan:
         """The frozen stages by which `source` becomes batches. Lists the source; opens no item.
 
-        DataError when it holds no items or a part is empty; FileNotFoundError when it is not there.
+        DataError when it is not there, holds no items, or a part is empty.
         """
         root = Path(source)
         items = list(self.get_items(source))

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from blocks.errors import DataError
+from blocks.errors import DataError, UserError
 from blocks.prepare import Prepared
 from blocks.shards import TYPE_KEY, as_array
 from blocks.tensors import tensor_type
@@ -88,7 +88,7 @@ class Feed:
 
     def __post_init__(self) -> None:
         if self.batch_size < 2 * self.world:
-            raise ValueError(
+            raise UserError(
                 f"batch_size={self.batch_size} is the global one and must give each of {self.world} workers two rows: "
                 f"at least {2 * self.world}"
             )

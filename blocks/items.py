@@ -5,14 +5,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from blocks.errors import DataError
+
 IMAGE_EXTENSIONS = frozenset(ext for ext, kind in mimetypes.types_map.items() if kind.startswith("image/"))
 
 
 def get_image_files(source: str | Path) -> list[Path]:
-    """All image files below `source`, in sorted order. FileNotFoundError when there is no such folder."""
+    """All image files below `source`, in sorted order. DataError when there is no such folder."""
     root = Path(source)
     if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder {str(root)!r}")
+        raise DataError(f"there is no folder {str(root)!r}: check the path")
     return sorted(_files(root, IMAGE_EXTENSIONS))
 
 

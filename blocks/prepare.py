@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 from blocks.errors import DataError, UnreadableRow
-from blocks.plan import Column, Encode, Plan, items_in
+from blocks.plan import Column, Encode, Plan, Read, items_in
 from blocks.shards import map_shard, typed_column, write_shard
 from blocks.splits import TRAIN, VALID
 from blocks.transform import Pipeline
@@ -116,6 +116,7 @@ def _carry_out(plan: Plan, folder: Path, map_blocks: MapBlocks, max_bad_rows: in
     if not shards:
         raise DataError(f"none of the {listing.num_rows} rows could be read")
     index = {
+        "source": plan.stage(Read).source,
         "shards": shards,
         "fitted": fitted,
         "bad_rows": bad_rows,

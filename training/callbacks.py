@@ -84,7 +84,7 @@ class Recorder(Callback):
         self._note("train/loss", total)
         seconds = time.perf_counter() - self._train_began
         self.values["time/train"] = seconds
-        self.values["time/rows_per_second"] = float(total[1]) / seconds
+        self.values[f"time/{self.unit}_per_second"] = float(total[1]) / seconds
         self.values["hp/lr"] = learn.opt.param_groups[-1]["lr"]
 
     def after_validate(self, learn: "Learner") -> None:
@@ -113,10 +113,10 @@ class Recorder(Callback):
             self.values[name] = float(total[0] / total[1])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": [dict(values) for values in self.history], "unit": self.unit}
+        return {"history": [dict(values) for values in self.history]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.history, self.unit = state["history"], state["unit"]
+        self.history = state["history"]
 
 
 class Progress(Callback):
@@ -126,10 +126,10 @@ class Progress(Callback):
 
     def after_epoch(self, learn: "Learner") -> None:
         if distributed.rank() == 0:
-            print(epoch_line(learn.recorder.values, learn.n_epoch, learn.recorder.unit), flush=True)
+            print(epoch_line(learn.recorder.values, learn.n_epoch), flush=True)
 
 
-def epoch_line(values: dict[str, Any], epochs: int, unit: str = "rows") -> str:
+def epoch_line(values: dict[str, Any], epochs: int) -> str:
     """One epoch of a history as a line: losses, metrics, seconds, training speed."""
     shown = [f"epoch {int(values['epoch']) + 1}/{epochs}"]
     shown += [
@@ -138,6 +138,7 @@ def epoch_line(values: dict[str, Any], epochs: int, unit: str = "rows") -> str:
         if name.startswith(("train/", "valid/"))
     ]
     shown.append(f"{values['time/epoch']:.1f} s")
-    if "time/rows_per_second" in values:
-        shown.append(f"{values['time/rows_per_second']:.0f} {unit}/s")
+    for unit in ("images", "rows"):
+        if f"time/{unit}_per_second" in values:
+            shown.append(f"{values[f'time/{unit}_per_second']:.0f} {unit}/s")
     return "  ".join(shown)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import blocks.category
 import blocks.vision  # noqa: F401  registers its transforms
+from blocks.errors import UserError
 from blocks.dataloaders import input_tensor
 from blocks.plan import Column, Encode
 from blocks.tensors import as_plain
@@ -105,23 +106,23 @@ class Predictor:
 def load_predictor(path: str | Path) -> Predictor:
     """The predictor that `export` wrote to the folder `path`.
 
-    FileNotFoundError when it is not an export; ValueError when it asks for what is not registered here, or its weights
+    UserError (a ValueError) when it is not an export, it asks for what is not registered here, or its weights
     do not fit its model.
     """
     folder = Path(path)
     if not (folder / SPEC_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
-        raise FileNotFoundError(f"{str(folder)!r} is not an exported model: {SPEC_FILE} and {WEIGHTS_FILE} are not both there")
+        raise UserError(f"{str(folder)!r} is not an exported model: {SPEC_FILE} and {WEIGHTS_FILE} are not both there")
     spec = json.loads((folder / SPEC_FILE).read_text())
     if spec.get("format") != FORMAT:
-        raise ValueError(f"{str(folder)!r} has format {spec.get('format')!r}; this version of fastray reads {FORMAT}")
+        raise UserError(f"{str(folder)!r} has format {spec.get('format')!r}; this version of fastray reads {FORMAT}")
     if spec["loss"] not in LOSSES:
-        raise ValueError(f"{str(folder)!r} names the loss {spec['loss']!r}; known: {', '.join(LOSSES)}")
+        raise UserError(f"{str(folder)!r} names the loss {spec['loss']!r}; known: {', '.join(LOSSES)}")
     model = ModelSpec(spec["model"]["builder"], spec["model"]["arguments"]).build()
     weights = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     try:
         model.load_state_dict(weights)
     except RuntimeError as mismatch:
-        raise ValueError(f"the weights in {str(folder)!r} do not fit its model: {mismatch}") from mismatch
+        raise UserError(f"the weights in {str(folder)!r} do not fit its model: {mismatch}") from mismatch
     return Predictor(
         model=model.eval(),
         encode=Encode((Column("x", _itself, Pipeline.from_plain(spec["input"])),), Pipeline.from_plain(spec["item_tfms"])),

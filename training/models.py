@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from blocks.errors import UserError
+
 Builder = Callable[..., nn.Module]
 BUILDERS: dict[str, Builder] = {}
 
@@ -45,7 +47,7 @@ def model_builder(function: Builder) -> Builder:
 def torchvision_classifier(*, arch: str, n_out: int) -> nn.Module:
     """A classifier of torchvision with random weights, by its name there: (rows, 3, h, w) float -> (rows, n_out) logits.
 
-    ValueError when torchvision has no classifier of that name.
+    UserError when torchvision has no classifier of that name.
     """
     import difflib
 
@@ -54,7 +56,7 @@ def torchvision_classifier(*, arch: str, n_out: int) -> nn.Module:
     known = torchvision.models.list_models(module=torchvision.models)
     if arch not in known:
         near = difflib.get_close_matches(arch, known, n=3)
-        raise ValueError(
+        raise UserError(
             f"torchvision has no classifier {arch!r}" + (f": did you mean {', '.join(map(repr, near))}?" if near else "")
         )
     return torchvision.models.get_model(arch, weights=None, num_classes=n_out)

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blocks.errors import UserError
 from training.expressions import NotAnExpression, read_expression
-from training.schedule import SCHEDULES, Schedule, total_epochs
+from training.schedule import SCHEDULES, Schedule, as_words, total_epochs
 
 if TYPE_CHECKING:
     from blocks.datablock import DataBlock
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 RUNNER_WORDS = ("workers", "trials", "scheduler", "search", "register", "alias", "address", "experiment")
 
 
-class SettingError(ValueError):
+class SettingError(UserError):
     """A setting that does not exist, or a value it does not take."""
 
 
@@ -80,7 +81,11 @@ def recipe(function: RecipeFunction) -> RecipeFunction:
     def make(**settings: Any) -> Recipe:
         typed = {name: p.default for name, p in parameters.items()}
         typed |= {name: checked(make, name, value) for name, value in settings.items()}
-        return replace(function(**typed), name=function.__name__, settings=typed)
+        try:
+            made = function(**typed)
+        except ValueError as error:  # a value of the right type that a part of the recipe does not take
+            raise SettingError(f"{function.__name__}: {error}") from error
+        return replace(made, name=function.__name__, settings=typed)
 
     return make
 
@@ -100,9 +105,18 @@ def checked(make: RecipeFunction, name: str, value: Any) -> Any:
         ) from None
 
 
-def read_setting(make: RecipeFunction, name: str, text: str, names: Mapping[str, Callable[..., Any]] = SCHEDULES) -> Any:
-    """The value of `name=text` as a person writes it, still unchecked: text for a setting of text, else an expression."""
-    parameter = _parameter(make, name)
+def read_setting(
+    make: RecipeFunction,
+    name: str,
+    text: str,
+    names: Mapping[str, Callable[..., Any]] = SCHEDULES,
+    also: Iterable[str] = (),
+) -> Any:
+    """The value of `name=text` as a person writes it, still unchecked: text for a setting of text, else an expression.
+
+    names: the functions an expression may call. also: other words that are allowed beside the settings, to suggest.
+    """
+    parameter = _parameter(make, name, also)
     try:
         value = read_expression(text, names)
     except NotAnExpression:
@@ -112,11 +126,18 @@ def read_setting(make: RecipeFunction, name: str, text: str, names: Mapping[str,
     return text if parameter.annotation is str and isinstance(value, str | int | float | None) else value
 
 
-def _parameter(make: RecipeFunction, name: str) -> inspect.Parameter:
+def _parameter(make: RecipeFunction, name: str, also: Iterable[str] = ()) -> inspect.Parameter:
     parameters = inspect.signature(make).parameters
     if name not in parameters:
-        raise SettingError(f"{make.__name__} has no setting {name!r}{did_you_mean(name, parameters)}")
+        raise SettingError(f"{make.__name__} has no setting {name!r}{did_you_mean(name, [*parameters, *also])}")
     return parameters[name]
+
+
+def described(make: RecipeFunction) -> str:
+    """A recipe's name, what it is, and its settings with their defaults, as text."""
+    lines = (inspect.getdoc(make) or "").splitlines()
+    settings = [f"{name}={as_words(p.default)}" for name, p in inspect.signature(make).parameters.items()]
+    return "\n".join([make.__name__, *(f"    {line}".rstrip() for line in lines), f"    {' '.join(settings)}"])
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

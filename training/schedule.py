@@ -5,6 +5,7 @@ Rates are multiples of the run's `lr`, so that one schedule serves any rate, in 
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +107,21 @@ def _cycle(
     )
 
 
-SCHEDULES = {f.__name__: f for f in (flat, one_cycle, fine_tune)}
+# What a schedule may be written with on the command line; a printed schedule can be read back.
+SCHEDULES: dict[str, Callable[..., Any]] = {f.__name__: f for f in (flat, one_cycle, fine_tune, Phase, Curve)}
+
+
+def as_words(value: Any) -> str:
+    """A setting's value as a person would write it: a schedule by the shortest call that makes it, else its repr."""
+    if not isinstance(value, tuple) or not value or not all(isinstance(p, Phase) for p in value):
+        return value if isinstance(value, str) else repr(value)
+    *before, last = value
+    short = [flat(last.epochs), one_cycle(last.epochs)]
+    names = [f"flat({last.epochs})", f"one_cycle({last.epochs})"]
+    frozen = before[0].epochs if before else 0
+    short.append(fine_tune(last.epochs, freeze_epochs=frozen))
+    names.append(f"fine_tune({last.epochs}, freeze_epochs={frozen})")
+    return names[short.index(value)] if value in short else repr(value)
 
 
 def total_epochs(schedule: Schedule) -> int:

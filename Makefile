@@ -1,0 +1,40 @@
+# Two commands: `make run` sets up and runs the main job, `make test` sets up and runs lint and the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.PHONY: run test test-all lint format constraints
+
+run: $(STAMP)
+	$(BIN)/fastray train digits
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Installs once; again only when pyproject.toml or the pinned versions change.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev]"
+	touch $(STAMP)
+
+# Renews the pins: the newest versions that pyproject.toml allows, from an environment made for it.
+constraints:
+	rm -rf $(VENV)-constraints
+	$(PYTHON) -m venv $(VENV)-constraints
+	$(VENV)-constraints/bin/python -m pip install ".[dev,examples,text,bench]"
+	( echo "# Made by 'make constraints': the versions the tests run with."; \
+	  $(VENV)-constraints/bin/python -m pip freeze --exclude fastray ) > constraints.txt
+	rm -rf $(VENV)-constraints

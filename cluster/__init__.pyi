@@ -1,0 +1,12 @@
+from .data import dataloaders as dataloaders
+from .jobs import submit_job as submit_job
+from .models import load_model as load_model
+from .places import places as places
+from .space import choice as choice
+from .space import grid as grid
+from .space import loguniform as loguniform
+from .space import uniform as uniform
+from .sweep import sweep as sweep
+from .train import train_recipe as train_recipe
+from .ui import serve_ui as serve_ui
+from .workers import Workers as Workers

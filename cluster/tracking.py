@@ -1,0 +1,277 @@
+"""MLflow, all of it. One thread of the driver follows the spool and sends what it says through `MlflowClient`, by explicit ids.
+
+Kinds of records in the spool, in the order a run writes them:
+
+    start     name, params, tags, parent      a run begins (parent: the spool's name of a sweep's run)
+    metrics   step, values                    one epoch
+    text      file, text                      a small text artifact
+    artifact  path, folder                    a file to upload
+    model     path, example                   an export to log as a model, with one encoded item as input example
+    end       status                          FINISHED, FAILED or KILLED
+"""
+
+import contextlib
+import os
+import sqlite3
+import tempfile
+import threading
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from blocks.errors import UserError
+from cluster.places import sqlite_file
+from cluster.spool import append, follow
+from training.schedule import as_words
+
+PARAMS_A_CALL, METRICS_A_CALL = 100, 1000  # MLflow's limits
+LONGEST_PARAM = 6000
+
+
+class StoreError(UserError):
+    """MLflow's store cannot be used."""
+
+
+class Store:
+    """MLflow's store behind `MlflowClient`: one experiment, and what a spool's records make of it."""
+
+    def __init__(self, tracking: str, experiment: str):
+        self.client = open_client(tracking)
+        self.experiment = self._experiment(tracking, experiment)
+        self.runs: dict[str, str] = {}
+        self.models: dict[str, str] = {}
+
+    def _experiment(self, tracking: str, name: str) -> str:
+        found = self.client.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        # Beside the sqlite file; a server decides for itself.
+        file = sqlite_file(tracking)
+        location = None if file is None else (file.parent / "mlruns" / name).as_uri()
+        return str(self.client.create_experiment(name, artifact_location=location))
+
+    def send(self, record: dict[str, Any]) -> None:
+        """Carry out one record of the spool."""
+        match record["kind"]:
+            case "start":
+                self._start(record)
+            case "metrics":
+                self.send_metrics(record["run"], [record])
+            case "text":
+                self.client.log_text(self.runs[record["run"]], record["text"], record["file"])
+            case "artifact":
+                self.client.log_artifact(self.runs[record["run"]], record["path"], record["folder"])
+            case "model":
+                self._model(record)
+            case "end":
+                self.client.set_terminated(self.runs[record["run"]], record["status"], end_time=record["time"])
+
+    def _start(self, record: dict[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        tags = dict(record["tags"])
+        if record["parent"]:
+            tags["mlflow.parentRunId"] = self.runs[record["parent"]]
+        run = self.client.create_run(self.experiment, start_time=record["time"], tags=tags, run_name=record["name"])
+        self.runs[record["run"]] = run.info.run_id
+        params = [Param(key, value[:LONGEST_PARAM]) for key, value in record["params"].items()]
+        for start in range(0, len(params), PARAMS_A_CALL):
+            self.client.log_batch(run.info.run_id, params=params[start : start + PARAMS_A_CALL])
+
+    def send_metrics(self, run: str, records: Iterable[dict[str, Any]]) -> None:
+        """Several epochs of one run in one request."""
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(key, float(value), record["time"], record["step"])
+            for record in records
+            for key, value in record["values"].items()
+            if key != "epoch"
+        ]
+        for start in range(0, len(metrics), METRICS_A_CALL):
+            self.client.log_batch(self.runs[run], metrics=metrics[start : start + METRICS_A_CALL])
+
+    def _model(self, record: dict[str, Any]) -> None:
+        import mlflow.pyfunc
+        from mlflow.entities import LoggedModelOutput
+        from mlflow.models import Model
+
+        run = self.runs[record["run"]]
+        # Step by step, because `log_model` acts on the process's one tracking address and active run.
+        logged = self.client.create_logged_model(self.experiment, name="learner", source_run_id=run)
+        with tempfile.TemporaryDirectory() as scratch:
+            model = Model(
+                artifact_path=logged.artifact_location, run_id=run, model_id=logged.model_id, model_uuid=logged.model_id
+            )
+            folder = Path(scratch, "model")
+            mlflow.pyfunc.save_model(
+                path=str(folder),
+                mlflow_model=model,
+                loader_module="cluster.scoring",
+                data_path=record["path"],
+                signature=_signature(),
+                input_example=_example(Path(record["example"]).read_bytes()),
+                pip_requirements=["fastray"],
+            )
+            self.client.log_model_artifacts(logged.model_id, str(folder))
+        self.client.log_outputs(run, [LoggedModelOutput(logged.model_id, step=0)])
+        self.client.finalize_logged_model(logged.model_id, "READY")
+        self.models[record["run"]] = f"models:/{logged.model_id}"
+
+
+def open_client(tracking: str) -> Any:
+    """An `MlflowClient` of a store; a sqlite file is created if it is not there. StoreError when it cannot be written."""
+    _settle_mlflow()
+    file = sqlite_file(tracking)
+    if file is not None:
+        _check_writable(file)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return MlflowClient(tracking_uri=tracking)
+    except MlflowException as error:
+        raise _unusable(tracking, _first_line(error)) from error
+
+
+def _settle_mlflow() -> None:
+    # Before the first import of mlflow, which reads its logging level then.
+    for name, value in {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # a dead server fails at once, not after minutes
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",  # it would tell of each table it creates
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _check_writable(file: Path) -> None:
+    # MLflow itself tries a sqlite file that cannot be opened for 100 seconds.
+    uri = f"sqlite:///{file}"
+    if set("%?") & set(str(file)):
+        raise _unusable(uri, "MLflow takes no % and no ? in its path")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(sqlite3.connect(file, timeout=5, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("CREATE TABLE fastray_can_write (x)")
+            connection.execute("ROLLBACK")
+    except (sqlite3.Error, OSError) as error:
+        raise _unusable(uri, _first_line(error)) from error
+
+
+def _unusable(tracking: str, reason: str) -> StoreError:
+    return StoreError(
+        f"MLflow's store {_without_password(tracking)} cannot be written: {reason}. Start from a folder you can write in, "
+        "or set MLFLOW_TRACKING_URI to another store or server"
+    )
+
+
+def _signature() -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema
+
+    return ModelSignature(
+        inputs=Schema([ColSpec("binary", "image")]),
+        outputs=Schema([ColSpec("string", "label"), ColSpec("double", "probability")]),
+    )
+
+
+def _example(encoded: bytes) -> Any:
+    import pandas as pd
+
+    return pd.DataFrame({"image": [encoded]})
+
+
+class Tracker:
+    """The thread that follows a spool into MLflow. `with Tracker(...)` sends everything before it ends.
+
+    A store that cannot be opened is a StoreError of `opened()`; one that fails later costs the training nothing, and
+    `trouble` says what is still unsent.
+    """
+
+    def __init__(self, spool: Path, tracking: str, experiment: str):
+        self.spool, self.tracking, self.experiment = spool, tracking, experiment
+        self.store: Store | None = None
+        self.trouble: str | None = None
+        self._unusable: StoreError | None = None
+        self._finished = threading.Event()
+        self._opened = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="fastray-mlflow", daemon=True)
+        self._thread.start()
+
+    def opened(self) -> None:
+        """Wait until the store is open. StoreError, with the reason, when it cannot be."""
+        self._opened.wait()
+        if self._unusable is not None:
+            raise self._unusable
+
+    def close(self) -> None:
+        """Send what is left and end the thread."""
+        self._finished.set()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def run_id(self, run: str) -> str | None:
+        """MLflow's id of a run of the spool, once it was sent."""
+        return None if self.store is None else self.store.runs.get(run)
+
+    def model_uri(self, run: str) -> str | None:
+        """The address of a run's model, once it was sent."""
+        return None if self.store is None else self.store.models.get(run)
+
+    def _work(self) -> None:
+        _settle_mlflow()
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        failures = (MlflowException, SQLAlchemyError, OSError)
+        try:
+            store = self.store = Store(self.tracking, self.experiment)
+        except StoreError as error:
+            self._unusable = error
+            return
+        except failures as error:
+            self._unusable = _unusable(self.tracking, _first_line(error))
+            return
+        finally:
+            self._opened.set()
+        for records in follow(self.spool, self._finished):
+            if self.trouble is None:
+                try:
+                    self._send(store, records)
+                except failures as error:
+                    self.trouble = _first_line(error)
+
+    def _send(self, store: Store, records: list[dict[str, Any]]) -> None:
+        for (kind, run), group in groupby(records, key=lambda r: (r["kind"], r["run"])):
+            if kind == "metrics":
+                store.send_metrics(run, group)
+            else:
+                for record in group:
+                    store.send(record)
+
+
+def start_run(
+    spool: Path, run: str, name: str, params: dict[str, Any], tags: dict[str, str] | None = None, parent: str = ""
+) -> None:
+    """Have a run recorded from now on; everything in `params` is written as text."""
+    texts = {key: as_words(value) for key, value in params.items()}
+    append(spool, "start", run, name=name, params=texts, tags=tags or {}, parent=parent)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _without_password(uri: str) -> str:
+    password = urlsplit(uri).password
+    return uri.replace(f":{password}@", ":***@") if password else uri

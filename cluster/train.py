@@ -1,0 +1,146 @@
+"""One training run of a recipe, recorded: data prepared, Learner trained here or on workers, model exported and logged."""
+
+import contextlib
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blocks.dataloaders import DataLoaders
+from blocks.feed import Feed
+from cluster.data import dataloaders
+from cluster.places import places
+from cluster.runtime import ray_starting
+from cluster.spool import append
+from cluster.tracking import Tracker, start_run
+from cluster.workers import SpoolReport, Workers
+from training.learner import Learner
+from training.recipe import Recipe
+
+Say = Callable[[str], None]
+BATCH_PICTURE, RESULTS_PICTURE = "batch.png", "predictions.png"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run left: the Learner, MLflow's ids (None where nothing could be sent), and where things lie."""
+
+    learn: Learner
+    run_id: str | None
+    model_uri: str | None
+    folder: Path
+    export: Path
+    example: Path
+    seconds: float
+    trouble: str | None
+
+
+def train_recipe(recipe: Recipe, workers: Workers, say: Say = print) -> Trained:
+    """Train `recipe` on `workers` and record it in MLflow as one run: FINISHED, FAILED, or KILLED when interrupted."""
+    began = time.perf_counter()
+    folder = new_run_folder(recipe.name)
+    spool, run = folder / "spool.jsonl", folder.name
+    with Tracker(spool, places().tracking, experiment=recipe.name) as tracker, ray_starting(workers.number > 0):
+        dls = prepared_data(recipe, on_ray=workers.number > 0, say=say)
+        learn = new_learner(recipe, dls)
+        tracker.opened()
+        params = {"recipe": recipe.name, **recipe.settings, "workers": workers.number}
+        start_run(spool, run, run, params, tags=tags_of(dls))
+        with ending(spool, run):
+            record_data(spool, run, folder, dls)
+            learn.add_callback(SpoolReport(str(spool), run))
+            place = Workers(workers.number, workers.gpu, storage=str(folder))
+            say(f"train: {recipe.epochs} epochs " + (f"on {workers.number} workers" if workers.number else "in this process"))
+            learn.fit(recipe.schedule, recipe.lr, on=place)
+            export = record_model(spool, run, folder, learn)
+    return Trained(
+        learn=learn,
+        run_id=tracker.run_id(run),
+        model_uri=tracker.model_uri(run),
+        folder=folder,
+        export=export,
+        example=example_file(dls),
+        seconds=time.perf_counter() - began,
+        trouble=tracker.trouble,
+    )
+
+
+def new_run_folder(name: str) -> Path:
+    """A new folder of a run in the storage place, by name and time."""
+    folder = Path(places().storage, f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}")
+    folder.mkdir(parents=True)
+    return folder
+
+
+def prepared_data(recipe: Recipe, on_ray: bool, say: Say) -> DataLoaders:
+    """The recipe's data, prepared or found prepared; says which, and how many files were decoded."""
+    began = time.perf_counter()
+    source = recipe.located()
+    settings: dict[str, Any] = {
+        "batch_size": recipe.batch_size,
+        "seed": recipe.seed,
+        "max_bad_rows": recipe.max_bad_rows,
+    }
+    dls = dataloaders(recipe.block, source, **settings) if on_ray else recipe.block.dataloaders(source, **settings)
+    prepared = dls.prepared
+    assert prepared is not None
+    if prepared.reused:
+        say(f"data: prepared data found (plan {prepared.fingerprint}): {prepared.rows} rows, 0 files decoded")
+    else:
+        how = "Ray Data" if on_ray else "this process"
+        say(f"data: {prepared.rows} files decoded by {how} in {time.perf_counter() - began:.1f} s (plan {prepared.fingerprint})")
+    for bad in prepared.index["bad_rows"]:
+        say(f"data: left out {bad['id']}: {bad['reason']}")
+    return dls
+
+
+def new_learner(recipe: Recipe, dls: DataLoaders) -> Learner:
+    """The recipe's Learner, with weights drawn from its seed."""
+    torch.manual_seed(recipe.seed)
+    return recipe.learner(dls)
+
+
+def tags_of(dls: DataLoaders) -> dict[str, str]:
+    """What a run is found by in MLflow, beside its parameters."""
+    assert dls.prepared is not None
+    return {"fastray.fingerprint": dls.prepared.fingerprint, "fastray.data": str(dls.prepared.folder)}
+
+
+def record_data(spool: Path, run: str, folder: Path, dls: DataLoaders) -> None:
+    """Record the plan and a picture of a batch."""
+    append(spool, "text", run, file="plan.txt", text=dls.plan_text)
+    dls.show_batch().savefig(folder / BATCH_PICTURE)
+    append(spool, "artifact", run, path=str(folder / BATCH_PICTURE), folder="pictures")
+
+
+def record_model(spool: Path, run: str, folder: Path, learn: Learner) -> Path:
+    """Export the model, and record it with a picture of its predictions."""
+    learn.show_results().savefig(folder / RESULTS_PICTURE)
+    append(spool, "artifact", run, path=str(folder / RESULTS_PICTURE), folder="pictures")
+    export = learn.export(folder / "export")
+    append(spool, "model", run, path=str(export), example=str(example_file(learn.dls)))
+    return export
+
+
+def example_file(dls: DataLoaders) -> Path:
+    """The file of the first validation row."""
+    assert dls.prepared is not None and isinstance(dls.valid, Feed)
+    return Path(dls.prepared.index["source"], next(iter(dls.valid)).ids[0])
+
+
+@contextlib.contextmanager
+def ending(spool: Path, run: str) -> Iterator[None]:
+    """Record how a run ends, whatever ends it."""
+    status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        append(spool, "end", run, status=status)

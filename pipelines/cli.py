@@ -1,0 +1,205 @@
+"""The command line, `fastray`. Each command reads words, calls one function of the layers below, and prints.
+
+torch, ray and mlflow are imported only where a command needs them, so that help and mistakes cost no waiting.
+"""
+
+import importlib.util
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from blocks.errors import UserError
+
+HOUSE = ("blocks", "training", "cluster", "pipelines")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fastray", message="%(package)s %(version)s")
+def cli() -> None:
+    """Train, sweep and submit recipes on Ray; records and models go to MLflow.
+
+    Settings of a recipe are words such as lr=1e-3 or schedule='fine_tune(4)'; `fastray recipes` lists them.
+    """
+
+
+@cli.command()
+def recipes() -> None:
+    """List the recipes and their settings."""
+    from pipelines.recipes import find_recipe, recipe_names
+    from training.recipe import described
+
+    for name in recipe_names():
+        click.echo(described(find_recipe(name)))
+
+
+@cli.command()
+@click.argument("name", metavar="RECIPE")
+@click.argument("words", nargs=-1, metavar="[KEY=VALUE]...")
+def train(name: str, words: Sequence[str]) -> None:
+    """Train RECIPE. workers=N trains on N Ray Train workers, workers=0 in this process."""
+    make, settings, runner = _read(name, words, {"workers": int})
+    from cluster import Workers, train_recipe
+    from pipelines.report import report_training
+
+    default = 2 if name == "digits" else None
+    trained = train_recipe(make(**settings), Workers.asked(runner.get("workers"), default), say=click.echo)
+    report_training(trained, say=click.echo)
+
+
+@cli.command()
+@click.argument("name", metavar="RECIPE")
+@click.argument("words", nargs=-1, metavar="[KEY=VALUE]...")
+def sweep(name: str, words: Sequence[str]) -> None:
+    """Try settings of RECIPE: lr='loguniform(1e-4,1e-1)' trials=4 scheduler=asha.
+
+    A setting is a value or a space: choice(a, b), grid(a, b), uniform(low, high), loguniform(low, high).
+    """
+    from cluster.space import SPACES
+
+    make, settings, runner = _read(name, words, {"trials": int, "scheduler": str}, SPACES)
+    from cluster import sweep as run_sweep
+    from pipelines.report import report_sweep
+
+    report_sweep(run_sweep(make, settings, **runner, say=click.echo), say=click.echo)
+
+
+@cli.command()
+@click.argument("command", type=click.Choice(["train", "sweep"]))
+@click.argument("name", metavar="RECIPE")
+@click.argument("words", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--address", required=True, help="The cluster's dashboard, such as http://127.0.0.1:8265.")
+def submit(command: str, name: str, words: Sequence[str], address: str) -> None:
+    """Run `fastray COMMAND RECIPE ...` as a job of a Ray cluster; follow it and return its exit code."""
+    _read(name, words, {"workers": int, "trials": int, "scheduler": str}, None if command == "train" else _spaces())
+    from cluster import submit_job
+
+    sys.exit(submit_job([command, name, *words], address, say=click.echo))
+
+
+@cli.command()
+@click.argument("name", metavar="RECIPE")
+@click.argument("words", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--picture", default="batch.png", show_default=True, help="Where to save the picture of a batch.")
+def show(name: str, words: Sequence[str], picture: str) -> None:
+    """Explain the data of RECIPE stage by stage, and save a picture of a batch."""
+    make, settings, _ = _read(name, words, {})
+    recipe = make(**settings)
+    dls = recipe.block.dataloaders(
+        recipe.located(), batch_size=recipe.batch_size, seed=recipe.seed, max_bad_rows=recipe.max_bad_rows
+    )
+    click.echo(dls.plan_text)
+    try:
+        dls.show_batch().savefig(picture)
+    except OSError as error:
+        raise UserError(f"the picture cannot be written: {error}") from error
+    click.echo(f"picture of a batch: {Path(picture).absolute()}")
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("files", nargs=-1, required=True)
+def predict(model: str, files: Sequence[str]) -> None:
+    """Predict FILES with MODEL: models:/..., or the folder of an export."""
+    from cluster import load_model
+    from pipelines.report import report_predictions
+
+    report_predictions(load_model(model), files, say=click.echo)
+
+
+@cli.command()
+@click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535))
+def ui(port: int) -> None:
+    """Open MLflow's pages on the records of this folder; Ctrl-C ends it."""
+    from cluster import serve_ui
+
+    serve_ui(port, say=click.echo)
+
+
+def _spaces() -> dict[str, Any]:
+    from cluster.space import SPACES
+
+    return SPACES
+
+
+def _read(
+    name: str, words: Sequence[str], runner_words: dict[str, type], spaces: dict[str, Any] | None = None
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    # The recipe function, its settings and the runner's own words, from `key=value` words.
+    from pipelines.recipes import find_recipe
+    from training.recipe import SettingError, checked, read_setting
+    from training.schedule import SCHEDULES
+
+    make = find_recipe(name)
+    settings: dict[str, Any] = {}
+    runner: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise SettingError(f"{word!r} is not a setting: write key=value, such as lr=1e-3")
+        if key in settings or key in runner:
+            raise SettingError(f"{key!r} is set twice")
+        if key in runner_words:
+            try:
+                runner[key] = runner_words[key](text)
+            except ValueError:
+                raise SettingError(f"{key}={text!r} is not a whole number") from None
+            continue
+        value = read_setting(make, key, text, SCHEDULES | (spaces or {}), also=runner_words)
+        settings[key] = value if spaces and type(value) in _space_types() else checked(make, key, value)
+    return make, settings, runner
+
+
+def _space_types() -> tuple[type, ...]:
+    from cluster.space import Choice, Grid, LogUniform, Uniform
+
+    return (Choice, Grid, LogUniform, Uniform)
+
+
+def main() -> NoReturn:
+    """The console command: 0 done, 1 a failure with its traceback, 2 a mistake in one line, 130 interrupted."""
+    signal.signal(signal.SIGTERM, _interrupt)  # a stopped job ends its run like Ctrl-C does
+    try:
+        _check_house()
+        cli.main(standalone_mode=False)
+        code = 0
+    except click.exceptions.Exit as ended:
+        code = ended.exit_code
+    except click.ClickException as mistake:
+        mistake.show()
+        code = 2
+    except UserError as mistake:
+        click.echo(f"fastray: {mistake}", err=True)
+        code = 2
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("fastray: stopped", err=True)
+        code = 130
+    finally:
+        if "ray" in sys.modules:
+            from cluster.runtime import stop_ray
+
+            stop_ray()
+    sys.exit(code)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _check_house() -> None:
+    # Flat package names can be shadowed by a folder of the user's that has the same name.
+    home = Path(__file__).resolve().parent.parent
+    for package in HOUSE:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None or Path(spec.origin).resolve().parent.parent != home:
+            found = spec and (spec.origin or list(spec.submodule_search_locations or ()))
+            raise UserError(
+                f"the package {package!r} of fastray is hidden by {found}: rename that folder, or start from another one"
+            )
+
+
+if __name__ == "__main__":
+    main()
