@@ -1,4 +1,4 @@
-"""`DataBlock`: what the data is, in fastai's words. With a source it becomes a `Plan`; a plan carried out gives `DataLoaders`."""
+"""`DataBlock`: what the data is, in fastai's words. With a source it becomes a `Plan`; carried out, `DataLoaders`."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -53,7 +53,9 @@ class DataBlock:
         if not all(isinstance(b, TransformBlock) for b in self.blocks):
             raise TypeError("blocks are TransformBlocks: call them, as in blocks=(ImageBlock(), CategoryBlock())")
         if len(self.blocks) != 2 or self.n_inp != 1:
-            raise ValueError(f"a DataBlock has one input and one target block here, not {len(self.blocks)} with n_inp={self.n_inp}")
+            raise ValueError(
+                f"a DataBlock has one input and one target block here, not {len(self.blocks)} with n_inp={self.n_inp}"
+            )
 
     def plan(self, source: str | Path) -> Plan:
         """The frozen stages by which `source` becomes batches. Lists the source; opens no item.
@@ -96,9 +98,7 @@ class DataBlock:
             ),
         )
 
-    def dataloaders(
-        self, source: str | Path, *, batch_size: int = 64, seed: int = 0, max_bad_rows: int = 0
-    ) -> "DataLoaders":
+    def dataloaders(self, source: str | Path, *, batch_size: int = 64, seed: int = 0, max_bad_rows: int = 0) -> "DataLoaders":
         """Prepare `source` in this process, without Ray, and feed it: `cluster.dataloaders` does the same on a cluster."""
         from blocks.dataloaders import dataloaders_of
         from blocks.prepare import prepare
@@ -119,4 +119,3 @@ def _check_split(train: Sequence[int], valid: Sequence[int], rows: int) -> None:
             f"the splitter must put each of the {rows} rows into exactly one part, but gave {len(train)} training and "
             f"{len(valid)} validation rows, some twice, left out or beyond the end"
         )
-

@@ -1,8 +1,8 @@
 """Errors of the data side that travel from a Ray worker to the person, so each can be pickled and says what to do.
 
-    UserError(ValueError)      something a person can mend without reading a traceback; the message says how
-      DataError                the data, not the code, needs a change
-    UnreadableRow(ValueError)  one row could not be read; counted, named and, within `max_bad_rows`, left out
+UserError(ValueError)      something a person can mend without reading a traceback; the message says how
+  DataError                the data, not the code, needs a change
+UnreadableRow(ValueError)  one row could not be read; counted, named and, within `max_bad_rows`, left out
 """
 
 

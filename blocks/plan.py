@@ -1,7 +1,7 @@
 """`Plan`: what a DataBlock and a source become. Frozen stages in order, plain data that knows no engine.
 
-    Read -> Split -> Fit (one for each thing to learn) -> Encode   once, kept under the fingerprint
-    BatchSide                                                      each batch, on the device
+Read -> Split -> Fit (one for each thing to learn) -> Encode   once, kept under the fingerprint
+BatchSide                                                      each batch, on the device
 """
 
 import uuid
@@ -136,7 +136,11 @@ class Plan:
             match stage:
                 case Read(source, get_items):
                     size = sum(s or 0 for s in self.listing["size"].to_pylist())
-                    yield "read", "once", f"{self.listing.num_rows} items, {_bytes(size)}, {_name(get_items)} of {source}"
+                    yield (
+                        "read",
+                        "once",
+                        f"{self.listing.num_rows} items, {_bytes(size)}, {_name(get_items)} of {source}",
+                    )
                 case Split(splitter, train, valid):
                     yield "split", "once", f"{_name(splitter)}: {train} training rows, {valid} validation rows"
                 case Fit(column, position):

@@ -181,9 +181,7 @@ def observe(to_fit: Sequence[tuple[Column, int]], rows: pa.Table) -> pa.Table:
         for row_id, part, item in samples:
             with _naming(row_id, column.name):
                 summaries[part].observe(before(column.getter(item)), row_id)
-        found += [
-            {"fit": number, "part": part, "summary": json.dumps(s.to_plain())} for part, s in summaries.items()
-        ]
+        found += [{"fit": number, "part": part, "summary": json.dumps(s.to_plain())} for part, s in summaries.items()]
     return pa.Table.from_pylist(found)
 
 
@@ -222,8 +220,7 @@ def encode_rows(encode: Encode, rows: pa.Table) -> tuple[pa.Table | None, list[d
     if not samples:
         return None, bad
     typed = [
-        typed_column(column.name, values)
-        for column, values in zip(encode.columns, zip(*samples, strict=True), strict=True)
+        typed_column(column.name, values) for column, values in zip(encode.columns, zip(*samples, strict=True), strict=True)
     ]
     fields = [pa.field("id", pa.string()), pa.field("part", pa.uint8()), *(f for f, _ in typed)]
     arrays = [pa.array(ids, pa.string()), pa.array(parts, pa.uint8()), *(a for _, a in typed)]

@@ -6,7 +6,7 @@ gets a fingerprint, and becomes plain data for an export and back without any co
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Protocol, Self, cast
+from typing import Any, ClassVar, Protocol, Self
 
 import plum
 import torch
@@ -47,10 +47,10 @@ class Transform:
             setattr(cls, name, _dispatched(cls, name))
         _REGISTRY[registered_name(cls)] = cls
 
-    def encodes(self, x: object) -> Any:
+    def encodes(self, x: Any) -> Any:
         return x
 
-    def decodes(self, x: object) -> Any:
+    def decodes(self, x: Any) -> Any:
         return x
 
     def setups(self, train: Any, valid: Any) -> set[str]:
@@ -177,7 +177,7 @@ class Pipeline:
         if transforms is None:
             return cls()
         many = transforms if isinstance(transforms, Iterable) and not isinstance(transforms, type) else [transforms]
-        ready = [as_transform(t) for t in cast(Iterable[TransformLike], many)]
+        ready = [as_transform(t) for t in many]
         return cls(tuple(sorted(ready, key=lambda t: t.order)))
 
     def __call__(self, x: Any, split_idx: int | None = None) -> Any:

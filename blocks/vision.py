@@ -8,12 +8,12 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from plum import dispatch
 
 from blocks.datablock import TransformBlock
 from blocks.errors import UnreadableRow
 from blocks.tensors import TensorImage, TensorImageBW
 from blocks.transform import Transform
-from plum import dispatch
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -110,7 +110,7 @@ class ToTensor(Transform):
         return _pixels(x).as_subclass(TensorImageBW)
 
     @dispatch  # type: ignore[no-redef]
-    def encodes(self, x: PILImage) -> TensorImage:
+    def encodes(self, x: PILImage) -> TensorImage:  # noqa: F811
         return _pixels(x).as_subclass(TensorImage)
 
 
@@ -125,10 +125,10 @@ class IntToFloatTensor(Transform):
 
     order: ClassVar[int] = 10
 
-    def encodes(self, x: TensorImage) -> TensorImage:
+    def encodes(self, x: TensorImage) -> torch.Tensor:
         return x.float().div_(255)
 
-    def decodes(self, x: TensorImage) -> TensorImage:
+    def decodes(self, x: TensorImage) -> torch.Tensor:
         return x.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
@@ -156,13 +156,13 @@ class Normalize(Transform):
 
         return shaped(self.mean), shaped(self.std)
 
-    def encodes(self, x: TensorImage) -> TensorImage:
+    def encodes(self, x: TensorImage) -> torch.Tensor:
         mean, std = self._as(x)
-        return (x - mean) / std  # type: ignore[return-value]
+        return (x - mean) / std
 
-    def decodes(self, x: TensorImage) -> TensorImage:
+    def decodes(self, x: TensorImage) -> torch.Tensor:
         mean, std = self._as(x)
-        return x * std + mean  # type: ignore[return-value]
+        return x * std + mean
 
 
 def ImageBlock(cls: type[PILImage] = PILImage) -> TransformBlock:  # noqa: N802  fastai's name

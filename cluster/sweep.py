@@ -192,7 +192,8 @@ def _trial(settings: dict[str, Any], make: RecipeFunction) -> None:
     dls = recipe.block.dataloaders(
         recipe.located(), batch_size=recipe.batch_size, seed=recipe.seed, max_bad_rows=recipe.max_bad_rows
     )
-    assert dls.prepared is not None and dls.prepared.reused, "the data of a trial is prepared before it"
+    assert dls.prepared is not None
+    assert dls.prepared.reused, "the data of a trial is prepared before it"
     learn = new_learner(recipe, dls)
     for callback in list(learn.callbacks):
         if isinstance(callback, Progress):
@@ -223,7 +224,13 @@ def _run_trials(
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             settings = make(**trial.config).settings
-            start_run(spool, trial.trial_id, f"{parent}-{trial.trial_id}", {k: as_words(v) for k, v in settings.items()}, parent=parent)
+            start_run(
+                spool,
+                trial.trial_id,
+                f"{parent}-{trial.trial_id}",
+                {k: as_words(v) for k, v in settings.items()},
+                parent=parent,
+            )
 
         def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
             own = ("train/", "valid/", "hp/", "time/")

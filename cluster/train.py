@@ -92,7 +92,9 @@ def prepared_data(recipe: Recipe, on_ray: bool, say: Say) -> DataLoaders:
         say(f"data: prepared data found (plan {prepared.fingerprint}): {prepared.rows} rows, 0 files decoded")
     else:
         how = "Ray Data" if on_ray else "this process"
-        say(f"data: {prepared.rows} files decoded by {how} in {time.perf_counter() - began:.1f} s (plan {prepared.fingerprint})")
+        say(
+            f"data: {prepared.rows} files decoded by {how} in {time.perf_counter() - began:.1f} s (plan {prepared.fingerprint})"
+        )
     for bad in prepared.index["bad_rows"]:
         say(f"data: left out {bad['id']}: {bad['reason']}")
     return dls
@@ -128,7 +130,8 @@ def record_model(spool: Path, run: str, folder: Path, learn: Learner) -> Path:
 
 def example_file(dls: DataLoaders) -> Path:
     """The file of the first validation row."""
-    assert dls.prepared is not None and isinstance(dls.valid, Feed)
+    assert dls.prepared is not None
+    assert isinstance(dls.valid, Feed)
     return Path(dls.prepared.index["source"], next(iter(dls.valid)).ids[0])
 
 

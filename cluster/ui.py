@@ -27,13 +27,22 @@ def serve_ui(port: int, say: Callable[[str], None] = print) -> None:
         return
     _check_free(port)
     open_client(tracking)  # an unusable store is said in one line here, not in a server's traceback
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking, "--host", HOST, "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "ui",
+        "--backend-store-uri",
+        tracking,
+        "--host",
+        HOST,
+        "--port",
+        str(port),
+    ]
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     with tempfile.TemporaryFile("w+") as log:
         # A session of its own, so that its workers end with it, however this process is told to end.
-        server = subprocess.Popen(
-            [*command, "--workers", "1"], env=environment, stdout=log, stderr=log, start_new_session=True
-        )
+        server = subprocess.Popen([*command, "--workers", "1"], env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             _wait_until_healthy(server, port)
             say(f"MLflow: http://{HOST}:{port}  (records: {tracking}; Ctrl-C ends it)")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from blocks.splits import TRAIN, VALID
-from blocks.tensors import TensorImage
+from blocks.tensors import TensorImage, as_plain
 from training import distributed
 from training.callback import Callback
 from training.optimizer import set_rates
@@ -77,7 +77,7 @@ class Recorder(Callback):
         self._rows += learn.rows
         if not learn.training:
             for metric in learn.metrics:
-                metric.accumulate(learn.pred, *learn.yb, rows=learn.rows)
+                metric.accumulate(learn.pred, as_plain(learn.yb[0]), learn.rows)
 
     def after_train(self, learn: "Learner") -> None:
         (total,) = self._reduced([])

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import blocks.category
 import blocks.vision  # noqa: F401  registers its transforms
-from blocks.errors import UserError
 from blocks.dataloaders import input_tensor
+from blocks.errors import UserError
 from blocks.plan import Column, Encode
 from blocks.tensors import as_plain
 from blocks.transform import Pipeline

@@ -55,6 +55,13 @@ class Learner:
     and for rates of their own. metrics: functions of (pred, target), or `AvgMetric`s. device: the GPU if there is one.
     """
 
+    # What callbacks read and write while a batch is on its way.
+    xb: tuple[Any, ...]
+    yb: tuple[Any, ...]
+    pred: Any
+    loss: Any
+    loss_grad: Any
+
     def __init__(
         self,
         dls: DataLoaders,
@@ -72,7 +79,7 @@ class Learner:
         many = metrics if isinstance(metrics, Iterable) else [metrics]
         self.metrics = [as_metric(m) for m in many]
         self.device = device or distributed.default_device()
-        self.opt: torch.optim.Optimizer | None = None
+        self._opt: torch.optim.Optimizer | None = None
         self.recorder = Recorder()
         self.callbacks: list[Callback] = []
         self._listeners: dict[str, list[Callable[[Learner], None]]] = {}
@@ -151,16 +158,16 @@ class Learner:
         """Train by `one_cycle(epochs)`."""
         self.fit(one_cycle_schedule(epochs), lr_max, on=on)
 
-    def fine_tune(
-        self, epochs: int, base_lr: float | None = None, *, freeze_epochs: int = 1, on: Runner | None = None
-    ) -> None:
+    def fine_tune(self, epochs: int, base_lr: float | None = None, *, freeze_epochs: int = 1, on: Runner | None = None) -> None:
         """Train the last group alone first, then everything: `fine_tune(epochs)`."""
         self.fit(fine_tune_schedule(epochs, freeze_epochs=freeze_epochs), base_lr, on=on)
 
-    def create_opt(self) -> None:
-        """Make the optimizer over the splitter's groups, if there is none yet."""
-        if self.opt is None:
-            self.opt = self.opt_func(parameter_groups(self.layer_groups, self.model))
+    @property
+    def opt(self) -> torch.optim.Optimizer:
+        """The optimizer over the splitter's groups, made when it is first needed."""
+        if self._opt is None:
+            self._opt = self.opt_func(parameter_groups(self.layer_groups, self.model))
+        return self._opt
 
     @property
     def layer_groups(self) -> list[list[nn.Parameter]]:
@@ -183,7 +190,6 @@ class Learner:
         self.model.to(self.device)
         if isinstance(self.loss_func, nn.Module):
             self.loss_func.to(self.device)
-        self.create_opt()
         self._forward = self.model
 
     def _all_phases(self) -> None:
@@ -216,7 +222,9 @@ class Learner:
             self._split(batch)
             self._with_events(self._one_batch, "batch", CancelBatchException)
         if self.training and not drawn:
-            raise ValueError("the training data gave no batches in this epoch: an iterator can be used once, give a list or a DataLoader")
+            raise ValueError(
+                "the training data gave no batches in this epoch: an iterator can be used once, give a list or a DataLoader"
+            )
 
     def _split(self, batch: Sequence[Any]) -> None:
         n_inp = getattr(self.dls, "n_inp", 1)
@@ -305,7 +313,7 @@ class Learner:
         """Model, optimizer, schedule, position and callbacks: tensors, numbers, strings, lists and dicts only."""
         return {
             "model": self.model.state_dict(),
-            "optimizer": None if self.opt is None else self.opt.state_dict(),
+            "optimizer": None if self._opt is None else self._opt.state_dict(),
             "schedule": schedule_to_plain(self.schedule),
             "position": {"epoch": self.epoch, "lr": self.lr},
             "callbacks": {c.name: c.state_dict() for c in self.callbacks},
@@ -318,7 +326,6 @@ class Learner:
         self.model.load_state_dict(state["model"])
         if state["optimizer"] is not None:
             self._to_device()
-            assert self.opt is not None
             self.opt.load_state_dict(state["optimizer"])
         self.schedule = schedule_from_plain(state["schedule"])
         self.epoch, self.lr = state["position"]["epoch"], state["position"]["lr"]

@@ -36,7 +36,7 @@ def model_builder(function: Builder) -> Builder:
     @wraps(function)
     def build(**arguments: Any) -> nn.Module:
         model = function(**arguments)
-        model.spec = ModelSpec(function.__name__, arguments)
+        model.spec = ModelSpec(function.__name__, arguments)  # type: ignore[assignment]
         return model
 
     BUILDERS[function.__name__] = build

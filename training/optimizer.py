@@ -81,5 +81,3 @@ def body_and_head(model: nn.Module) -> list[list[nn.Parameter]]:
     """Two groups: all layers but the last, and the last layer that has parameters (the classifier of torchvision's models)."""
     *body, head = [child for child in model.children() if any(True for _ in child.parameters())]
     return [[p for child in body for p in child.parameters()], list(head.parameters())]
-
-

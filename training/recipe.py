@@ -73,7 +73,9 @@ def recipe(function: RecipeFunction) -> RecipeFunction:
     parameters = inspect.signature(function).parameters
     for name, p in parameters.items():
         if name in RUNNER_WORDS:
-            raise TypeError(f"recipe {function.__name__}: {name!r} is a word of the runner ({', '.join(RUNNER_WORDS)}); rename it")
+            raise TypeError(
+                f"recipe {function.__name__}: {name!r} is a word of the runner ({', '.join(RUNNER_WORDS)}); rename it"
+            )
         if p.kind is not p.KEYWORD_ONLY or p.annotation is p.empty or p.default is p.empty:
             raise TypeError(f"recipe {function.__name__}: write {name!r} after *, with a type and a default")
 
