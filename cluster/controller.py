@@ -1,10 +1,16 @@
-"""What runs in Train's controller. Apart, because the controller imports this file and should not wait for torch."""
+"""Train's controller, from the driver's side and inside it. Apart, because the controller imports this file: keep it light."""
 
+import contextlib
 from typing import Any
 
+import ray
 import ray.train
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.result import Result
 
 from cluster.spool import append_epoch
+
+ABORT_SECONDS = 20.0
 
 
 class ToSpool(ray.train.UserCallback):
@@ -16,3 +22,26 @@ class ToSpool(ray.train.UserCallback):
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         if "epoch" in metrics[0]:
             append_epoch(self.spool, self.run, metrics[0])
+
+
+class InterruptibleTrainer(TorchTrainer):
+    """A TorchTrainer whose `fit` answers Ctrl-C with KeyboardInterrupt, once its workers are gone.
+
+    Train's own handler calls `sys.exit` in the middle of a call into Ray, which ends the raylet and leaves its helpers
+    behind (Ray 2.60); it also stays installed afterwards.
+    """
+
+    _controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:  # a private hook: a test holds that Ctrl-C works
+        self._controller = controller
+
+    def fit(self) -> Result:
+        try:
+            return super().fit()
+        except KeyboardInterrupt:
+            if self._controller is not None:
+                # It ends itself once its workers are gone, so the answer is its death.
+                with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+                    ray.get(self._controller.abort.remote(), timeout=ABORT_SECONDS)
+            raise

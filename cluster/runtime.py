@@ -3,11 +3,12 @@
 import contextlib
 import logging
 import os
+import signal
 import threading
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import psutil
 
 from blocks.errors import UserError
 
@@ -15,51 +16,47 @@ from blocks.errors import UserError
 POLL_SECONDS = "0.2"
 
 
-_STARTING = threading.Lock()
-
-
 class ResourceError(UserError):
     """More was asked for than the cluster has."""
 
 
 def start_ray() -> None:
-    """Have Ray: the cluster of $RAY_ADDRESS, which a submitted job finds set, else one of this process's own."""
+    """Have Ray: the cluster of $RAY_ADDRESS, which a submitted job finds set, else one of this process's own.
+
+    A Ray of one's own ends with the thread that starts it, so that should be the main one.
+    """
     import ray
 
-    with _STARTING:
-        if not ray.is_initialized():
-            _init()
-
-
-def _init() -> None:
-    import ray
-
+    if ray.is_initialized():
+        return
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
     # Without it Ray warns at each start that it will one day leave CUDA_VISIBLE_DEVICES alone on tasks without GPUs.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
     own: dict[str, Any] = {} if address else {"include_dashboard": False}
+    on_termination = signal.getsignal(signal.SIGTERM)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
-
-
-@contextlib.contextmanager
-def ray_starting(wanted: bool = True) -> Iterator[None]:
-    """Start Ray in the background, if it is wanted: its seconds of waiting pass while files are listed and torch loads."""
-    with ThreadPoolExecutor(1, thread_name_prefix="fastray-ray") as thread:
-        starting = thread.submit(start_ray) if wanted else None
-        yield
-    if starting is not None:
-        starting.result()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_termination)  # Ray's own prints a stack and aborts
 
 
 def stop_ray() -> None:
     """End the Ray that `start_ray` started, or leave the cluster it joined."""
     import ray
 
-    if ray.is_initialized():
-        ray.shutdown()
+    if not ray.is_initialized():
+        return
+    # Ray ends its raylet so fast that the raylet's own helpers are left behind, for minutes.
+    raylets = [p for p in psutil.Process().children() if p.name() == "raylet"]
+    theirs = [p for raylet in raylets for p in raylet.children(recursive=True)]
+    ray.shutdown()
+    _, left = psutil.wait_procs(theirs, timeout=0.5)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=5)
 
 
 def check_resources(**asked: float) -> None:

@@ -1,5 +1,6 @@
 """Sweeps: Ray Tune draws settings of a recipe function, each trial trains in a process of its own on data prepared once."""
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ class Trial:
         return {key: as_words(value) for key, value in self.drawn.items()}
 
     def describe(self) -> str:
-        return " ".join(f"{key}={value}" for key, value in self.words().items())
+        """The drawn settings for reading: numbers in four digits."""
+        return described(self.drawn)
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,11 @@ def sweep(
         seconds=time.perf_counter() - began,
         trouble=tracker.trouble,
     )
+
+
+def described(drawn: Mapping[str, Any]) -> str:
+    """Drawn settings for reading: numbers in four digits."""
+    return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={as_words(v)}" for k, v in drawn.items())
 
 
 # --- the space ---------------------------------------------------------------------------------------------------------
@@ -213,16 +220,24 @@ def _run_trials(
     say: Say,
     most_epochs: int,
 ) -> list[Trial]:
+    # Read when Tune is imported or starts. Its own output would stand between ours; its own handler of Ctrl-C would let
+    # an interrupted sweep look like one that ended.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+    from ray.tune.search import BasicVariantGenerator
 
     drawn_names = [name for name, given in space.items() if isinstance(given, Space)]
     spool, parent = folder / "spool.jsonl", folder.name
+
+    running: set[str] = set()
 
     class ToSpool(tune.Callback):
         """Runs on the driver: each trial is a child run of the sweep's."""
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            running.add(trial.trial_id)
             settings = make(**trial.config).settings
             start_run(
                 spool,
@@ -236,14 +251,16 @@ def _run_trials(
             own = ("train/", "valid/", "hp/", "time/")
             values = {k: v for k, v in result.items() if k == "epoch" or k.startswith(own)}
             append_epoch(spool, trial.trial_id, values)
-            drawn = " ".join(f"{name}={as_words(trial.config[name])}" for name in drawn_names)
+            drawn = described({name: trial.config[name] for name in drawn_names})
             epochs = total_epochs(make(**trial.config).schedule)
             say(f"trial {trial.trial_id}  epoch {values['epoch'] + 1}/{epochs}  {metric} {values[metric]:.4f}  {drawn}")
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            running.discard(trial.trial_id)
             append(spool, "end", trial.trial_id, status="FINISHED")
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            running.discard(trial.trial_id)
             append(spool, "end", trial.trial_id, status="FAILED")
 
     tuner = tune.Tuner(
@@ -253,12 +270,17 @@ def _run_trials(
             num_samples=trials,
             metric=metric,
             mode=mode,
+            search_alg=BasicVariantGenerator(random_state=make().seed),
             scheduler=ASHAScheduler(max_t=most_epochs) if scheduler == "asha" else FIFOScheduler(),
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(name="trials", storage_path=str(folder), verbose=0, callbacks=[ToSpool()]),
     )
-    results = tuner.fit()
+    try:
+        results = tuner.fit()
+    finally:
+        for trial_id in running:  # interrupted
+            append(spool, "end", trial_id, status="KILLED")
     found = [_as_trial(r, drawn_names, metric, mode, make) for r in results]
     if all(t.ended == "failed" for t in found):
         raise RuntimeError(f"all {len(found)} trials failed; the first error:\n{results.errors[0]}")

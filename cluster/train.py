@@ -14,7 +14,6 @@ from blocks.dataloaders import DataLoaders
 from blocks.feed import Feed
 from cluster.data import dataloaders
 from cluster.places import places
-from cluster.runtime import ray_starting
 from cluster.spool import append
 from cluster.tracking import Tracker, start_run
 from cluster.workers import SpoolReport, Workers
@@ -44,7 +43,7 @@ def train_recipe(recipe: Recipe, workers: Workers, say: Say = print) -> Trained:
     began = time.perf_counter()
     folder = new_run_folder(recipe.name)
     spool, run = folder / "spool.jsonl", folder.name
-    with Tracker(spool, places().tracking, experiment=recipe.name) as tracker, ray_starting(workers.number > 0):
+    with Tracker(spool, places().tracking, experiment=recipe.name) as tracker:
         dls = prepared_data(recipe, on_ray=workers.number > 0, say=say)
         learn = new_learner(recipe, dls)
         tracker.opened()

@@ -108,12 +108,11 @@ def _trained_state(
 ) -> dict[str, Any]:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import WorkerGroupError
 
-    from cluster.controller import ToSpool
+    from cluster.controller import InterruptibleTrainer, ToSpool
 
-    trainer = TorchTrainer(
+    trainer = InterruptibleTrainer(
         _train_loop,
         train_loop_config={"learn": ray.put(learn), "schedule": schedule, "lr": lr},
         scaling_config=ScalingConfig(num_workers=workers.number, use_gpu=workers.gpu),

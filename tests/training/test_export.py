@@ -1,0 +1,291 @@
+"""Exports: what is predicted before is predicted after, nothing but data is written, nothing but data is read."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from blocks import CategoryBlock, DataBlock, DataLoaders, ImageBlock, RandomSplitter, Resize, get_image_files, parent_label
+from blocks.errors import UnreadableRow, UserError
+from training import Learner, accuracy, body_and_head, load_predictor, model_builder, torchvision_classifier
+from training.models import BUILDERS, ModelSpec
+
+
+@model_builder
+def little(*, width: int, n_out: int = 3) -> nn.Module:
+    """A small convolutional classifier with running statistics."""
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, stride=2),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, n_out),
+    )
+
+
+@pytest.fixture
+def learn(few_digits: Path, digits_block: DataBlock) -> Learner:
+    """A Learner of few digits that has trained a little."""
+    learn = Learner(digits_block.dataloaders(few_digits, batch_size=16), little(width=4), lr=0.01, metrics=accuracy)
+    learn.fit(1)
+    return learn
+
+
+@pytest.fixture
+def exported(learn: Learner, tmp_path: Path) -> Path:
+    return learn.export(tmp_path / "exported")
+
+
+def valid_files(learn: Learner, root: Path) -> list[Path]:
+    return [root / row_id for batch in learn.dls.valid for row_id in batch.ids]
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """The export with its JSON changed in place."""
+    file = folder / "learner.json"
+    spec = json.loads(file.read_text())
+    change(spec)
+    file.write_text(json.dumps(spec))
+    return folder
+
+
+def test_the_predictor_says_what_the_learner_says(learn: Learner, exported: Path, few_digits: Path) -> None:
+    expected, targets = learn.get_preds()
+    files = valid_files(learn, few_digits)
+    predictor = load_predictor(exported)
+    torch.testing.assert_close(predictor.probabilities(files), expected, rtol=0, atol=1e-6)
+    assert [few_digits / learn.dls.vocab[int(t)] for t in targets] == [file.parent for file in files]
+    predicted = predictor.predict(files)
+    assert [p.label for p in predicted] == [learn.dls.vocab[int(row.argmax())] for row in expected]
+    for prediction, row in zip(predicted, expected, strict=True):
+        assert list(prediction.probabilities) == ["0", "1", "2"]
+        assert list(prediction.probabilities.values()) == pytest.approx(row.tolist(), abs=1e-6)
+        assert prediction.probability == max(prediction.probabilities.values())
+    assert len({p.probability for p in predicted}) > 1
+
+
+def test_paths_bytes_and_one_by_one_are_the_same(learn: Learner, exported: Path, few_digits: Path) -> None:
+    files = valid_files(learn, few_digits)[:5]
+    predictor = load_predictor(exported)
+    at_once = predictor.probabilities(files)
+    for items in ([str(f) for f in files], [f.read_bytes() for f in files]):
+        assert torch.equal(predictor.probabilities(items), at_once)
+    torch.testing.assert_close(torch.cat([predictor.probabilities([f]) for f in files]), at_once)
+
+
+def test_nothing_to_predict_and_what_is_no_picture(exported: Path, tmp_path: Path) -> None:
+    predictor = load_predictor(exported)
+    assert predictor.predict([]) == []
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(UnreadableRow):
+        predictor.predict([tmp_path / "text.png"])
+
+
+def test_the_folder_holds_data_only(learn: Learner, exported: Path) -> None:
+    assert sorted(f.name for f in exported.iterdir()) == ["learner.json", "model.safetensors"]
+    weights = safetensors.torch.load_file(exported / "model.safetensors")
+    assert weights.keys() == learn.model.state_dict().keys()
+    assert json.loads((exported / "learner.json").read_text())["model"] == {"builder": "little", "arguments": {"width": 4}}
+
+
+def test_exporting_leaves_the_learner_as_it_was(learn: Learner, exported: Path) -> None:
+    before = learn.validate()
+    learn.export(exported)
+    assert learn.validate() == before
+
+
+def test_an_export_loads_in_a_process_that_knows_only_the_library(
+    few_digits: Path, digits_block: DataBlock, tmp_path: Path
+) -> None:
+    model = torchvision_classifier(arch="shufflenet_v2_x0_5", n_out=3)
+    learn = Learner(digits_block.dataloaders(few_digits, batch_size=30), model, splitter=body_and_head)
+    learn.fit(1)
+    folder, files = learn.export(tmp_path / "exported"), valid_files(learn, few_digits)
+    code = (
+        "import json, sys; from training import load_predictor; "
+        "print(json.dumps(load_predictor(sys.argv[1]).probabilities(sys.argv[2:]).tolist())); assert 'ray' not in sys.modules"
+    )
+    command = [sys.executable, "-W", "error", "-c", code, str(folder), *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), learn.get_preds()[0], rtol=0, atol=1e-5)
+
+
+# --- what cannot be exported -------------------------------------------------------------------------------------------
+
+
+def assert_not_exported(learn: Learner, folder: Path, because: str) -> None:
+    with pytest.raises(ValueError, match=because):
+        learn.export(folder)
+    assert not folder.exists()
+
+
+def test_a_model_without_a_builder_is_not_exported(learn: Learner, tmp_path: Path) -> None:
+    learn.model = nn.Sequential(nn.Flatten(), nn.Linear(768, 3))
+    assert_not_exported(learn, tmp_path / "no", "Sequential was not made by a registered builder.*@training.model_builder")
+
+
+def test_a_builder_given_code_is_not_exported(learn: Learner, tmp_path: Path) -> None:
+    @model_builder
+    def given_code(*, layer: Any) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), layer(768, 3))
+
+    try:
+        learn.model = given_code(layer=nn.Linear)
+        assert_not_exported(learn, tmp_path / "no", "given_code")
+    finally:
+        BUILDERS.pop("given_code")
+
+
+def test_a_function_as_transform_is_not_exported(few_digits: Path, tmp_path: Path) -> None:
+    def darker(image: Any) -> Any:
+        return image.point(lambda v: v // 2) if hasattr(image, "point") else image
+
+    block = DataBlock(
+        blocks=(ImageBlock(), CategoryBlock()),
+        get_items=get_image_files,
+        get_y=parent_label,
+        splitter=RandomSplitter(0.25, seed=1),
+        item_tfms=[darker, Resize(16)],
+    )
+    learn = Learner(block.dataloaders(few_digits, batch_size=16), little(width=4))
+    assert_not_exported(learn, tmp_path / "no", "the function 'darker' is code.*subclass of Transform")
+
+
+def test_a_loss_of_ones_own_is_not_exported(learn: Learner, tmp_path: Path) -> None:
+    learn.loss_func = nn.functional.cross_entropy
+    assert_not_exported(learn, tmp_path / "no", "is not one of the losses an export can name: cross_entropy")
+
+
+def test_data_without_a_block_is_not_exported(learn: Learner, tmp_path: Path) -> None:
+    learn.dls = DataLoaders(list(learn.dls.train), list(learn.dls.valid))
+    assert_not_exported(learn, tmp_path / "no", "the data was not made from a DataBlock")
+
+
+# --- what is not loaded ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "because"),
+    [
+        (lambda spec: spec.update(format=2), "has format 2; this version of fastray reads 1"),
+        (lambda spec: spec.pop("format"), "has format None"),
+        (lambda spec: spec.update(loss="os.system"), "names the loss 'os.system'; known: cross_entropy"),
+        (lambda spec: spec["model"].update(builder="os.system"), "unknown model builder 'os.system'; known: .*little"),
+        (lambda spec: spec["model"].update(arguments={"depth": 4}), "depth"),
+        (lambda spec: spec["item_tfms"].append({"name": "os:system"}), "unknown transform 'os:system'"),
+        (
+            lambda spec: spec["batch_tfms"].insert(0, {"name": "FunctionTransform", "function": "os.system"}),
+            "FunctionTransform",
+        ),
+        (lambda spec: spec["input"][0].update(command="ls"), "OpenImage has the fields"),
+        (lambda spec: spec["model"]["arguments"].update(width=5), "do not fit its model"),
+        (lambda spec: spec.pop("vocab"), "vocab"),
+    ],
+)
+def test_an_export_that_asks_for_something_else_is_refused(
+    exported: Path, change: Callable[[dict[str, Any]], Any], because: str
+) -> None:
+    with pytest.raises(UserError, match=because):
+        load_predictor(rewritten(exported, change))
+
+
+def test_weights_of_another_model_are_refused(exported: Path) -> None:
+    safetensors.torch.save_file(little(width=7).state_dict(), exported / "model.safetensors")
+    with pytest.raises(UserError, match=r"do not fit its model: (.|\n)*size mismatch"):
+        load_predictor(exported)
+
+
+@pytest.mark.parametrize("missing", ["learner.json", "model.safetensors"])
+def test_an_export_with_a_file_missing_is_refused(exported: Path, missing: str) -> None:
+    (exported / missing).unlink()
+    with pytest.raises(UserError, match=r"is not an exported model: learner\.json and model\.safetensors are not both there"):
+        load_predictor(exported)
+
+
+def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not an exported model"):
+        load_predictor(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\ud83d"], ids=["empty", "cut", "list", "null", "no utf-8"])
+def test_a_file_that_is_no_description_is_refused(exported: Path, text: str) -> None:
+    (exported / "learner.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError, match="export"):
+        load_predictor(exported)
+
+
+class Bomb:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.target),)
+
+
+def test_a_pickle_in_place_of_the_weights_runs_nothing(exported: Path, tmp_path: Path) -> None:
+    bomb = pickle.dumps(Bomb(tmp_path / "made"))
+    weights = exported / "model.safetensors"
+    weights.write_bytes(bomb)
+    with pytest.raises(Exception):  # noqa: B017, PT011  which one is the next test's matter
+        load_predictor(exported)
+    torch.save(Bomb(tmp_path / "made"), weights)
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        load_predictor(exported)
+    assert not (tmp_path / "made").exists()
+    pickle.loads(bomb)  # noqa: S301  the bomb is a real one
+    assert (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights at all", pickle.dumps([1])], ids=["empty", "text", "pickle"])
+def test_a_file_that_holds_no_weights_is_refused(exported: Path, content: bytes) -> None:
+    (exported / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="export"):
+        load_predictor(exported)
+
+
+# --- builders ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_remembers_how_it_was_built() -> None:
+    model = little(width=2, n_out=5)
+    assert model.spec == ModelSpec("little", {"width": 2, "n_out": 5})
+    again = model.spec.build()
+    assert [p.shape for p in again.parameters()] == [p.shape for p in model.parameters()]
+    assert again.spec == model.spec
+
+
+def test_a_builder_takes_no_positional_arguments() -> None:
+    with pytest.raises(TypeError):
+        little(2)
+
+
+def test_a_builder_of_a_taken_name_does_not_stand_in_for_the_librarys() -> None:
+    """Else an export of a torchvision model would be loaded as something else."""
+
+    def torchvision_classifier(*, arch: str, n_out: int) -> nn.Module:
+        return nn.Linear(1, n_out)
+
+    original = BUILDERS["torchvision_classifier"]
+    try:
+        with pytest.raises(ValueError, match="torchvision_classifier"):
+            model_builder(torchvision_classifier)
+    finally:
+        BUILDERS["torchvision_classifier"] = original
+
+
+def test_an_unknown_architecture_suggests_others() -> None:
+    with pytest.raises(UserError, match="torchvision has no classifier 'resnet8': did you mean .*'resnet18'"):
+        torchvision_classifier(arch="resnet8", n_out=2)

@@ -1,0 +1,81 @@
+"""Metrics: exact means over rows."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from training import AvgMetric, accuracy, error_rate
+from training.metrics import as_metric
+
+PRED = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [0.0, 0.0, 1.0], [5.0, 0.0, 1.0]])
+TARG = torch.tensor([0, 1, 1, 0])
+
+
+def test_accuracy_and_error_rate() -> None:
+    assert accuracy(PRED, TARG).item() == 0.75
+    assert error_rate(PRED, TARG).item() == 0.25
+
+
+def test_the_mean_is_over_rows_not_over_batches() -> None:
+    metric = as_metric(accuracy)
+    metric.accumulate(PRED[:3], TARG[:3], 3)
+    metric.accumulate(PRED[3:], TARG[3:], 1)
+    assert metric.value(metric.total) == pytest.approx(0.75)
+    assert metric.total.tolist() == pytest.approx([3, 4])
+
+
+def test_totals_add_up_over_ranks() -> None:
+    one, other = as_metric(error_rate), as_metric(error_rate)
+    one.accumulate(PRED[:1], TARG[:1], 1)
+    other.accumulate(PRED[1:], TARG[1:], 3)
+    assert one.value(one.total + other.total) == pytest.approx(0.25)
+
+
+def test_many_batches_are_summed_in_double_precision() -> None:
+    def seven_tenths(pred: Tensor, targ: Tensor) -> Tensor:
+        return torch.tensor(0.7, dtype=torch.float64)
+
+    metric = as_metric(seven_tenths)
+    for _ in range(10_000):
+        metric.accumulate(PRED, TARG, 3)
+    assert metric.value(metric.total) == pytest.approx(0.7, rel=1e-10)
+
+
+def test_reset_forgets() -> None:
+    metric = as_metric(accuracy)
+    metric.accumulate(PRED, 1 - TARG, 4)
+    metric.reset()
+    metric.accumulate(PRED[:1], TARG[:1], 1)
+    assert metric.value(metric.total) == 1
+
+
+def test_metrics_do_not_share_their_totals() -> None:
+    one, other = as_metric(accuracy), as_metric(accuracy)
+    one.accumulate(PRED, TARG, 4)
+    assert other.total.tolist() == [0, 0]
+
+
+def test_the_error_rate_is_better_lower() -> None:
+    assert not as_metric(error_rate).higher_is_better
+    assert as_metric(accuracy).higher_is_better
+
+
+def test_a_metric_is_named_after_its_function_and_kept_as_it_is() -> None:
+    metric = AvgMetric(accuracy, higher_is_better=False)
+    assert as_metric(metric) is metric
+    assert as_metric(error_rate).name == "error_rate"
+
+
+def test_a_metric_keeps_no_graph() -> None:
+    def output(pred: Tensor, targ: Tensor) -> Tensor:
+        return pred.mean()
+
+    metric = as_metric(output)
+    metric.accumulate(PRED.clone().requires_grad_(), TARG, 4)
+    assert not metric.total.requires_grad
+
+
+@pytest.mark.parametrize("wrong", ["accuracy", 3, None])
+def test_what_is_no_metric_is_refused(wrong: object) -> None:
+    with pytest.raises(TypeError, match=r"a metric is a function of \(pred, targ\) or an AvgMetric"):
+        as_metric(wrong)  # type: ignore[arg-type]
