@@ -2,14 +2,21 @@
 
 import asyncio
 import ipaddress
+import logging
+import os
 import shlex
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from blocks.errors import UserError
-from cluster.places import has_password, is_local, places
+from cluster.places import has_password, is_local, places, sqlite_file
+
+# Ray's loggers that tell of each upload and each large file.
+TALKATIVE = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
+TOKEN_FILE = Path("~/.ray/auth_token")
 
 
 class JobError(UserError):
@@ -19,19 +26,25 @@ class JobError(UserError):
 def submit_job(words: Sequence[str], address: str, say: Callable[[str], None] = print) -> int:
     """Run `fastray WORDS` as a job of the cluster at `address`, print its output as it comes, return its exit code.
 
-    The working folder is shipped, less what .gitignore and .rayignore name. Tracking, cache and storage go along as
-    absolute addresses. JobError when the cluster does not answer, or when one of them is local and the cluster is not.
+    The working folder is shipped, less what .gitignore and .rayignore name; fastray itself is installed on the cluster.
+    Tracking, cache and storage go along as absolute addresses. JobError when the cluster does not answer, or when one of them is local and the cluster is not.
     """
+    # `ray start` asks for a token by default; the client sends the one it finds only if told to.
+    if any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")) or TOKEN_FILE.expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    from ray.exceptions import RayError
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     environment = _environment(address)
     try:
         client = JobSubmissionClient(address)
+        for name in TALKATIVE:
+            logging.getLogger(name).setLevel(logging.ERROR)
         job = client.submit_job(
-            entrypoint=shlex.join(["python", "-m", "pipelines", *words]),
-            runtime_env={"working_dir": str(Path.cwd()), "env_vars": environment},
+            entrypoint=_entrypoint(words, address),
+            runtime_env={"working_dir": str(Path.cwd()), "excludes": _own_traces(), "env_vars": environment},
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise JobError(f"the cluster at {address} does not take the job: {error}") from error
     say(f"job {job} at {address}; to stop it: ray job stop --address {address} {job}")
 
@@ -45,6 +58,25 @@ def submit_job(words: Sequence[str], address: str, say: Callable[[str], None] = 
     if info.status == JobStatus.SUCCEEDED:
         return 0
     return info.driver_exit_code or 1
+
+
+def _entrypoint(words: Sequence[str], address: str) -> str:
+    command = shlex.join(["-m", "pipelines", *words])
+    if not _is_this_machine(address):
+        return f"python {command}"
+    # A cluster of this machine may have been started from an environment whose `python` is another one.
+    here = shlex.quote(sys.executable)
+    return f"python=python; test -x {here} && python={here}; exec $python {command}"
+
+
+def _own_traces() -> list[str]:
+    # What earlier runs left in the working folder is not part of the job.
+    here, now = Path.cwd(), places()
+    database = sqlite_file(now.tracking)
+    traces = [Path(now.storage), Path(now.cache)]
+    if database is not None:
+        traces += [database, database.parent / "mlruns"]
+    return [f"/{trace.relative_to(here).as_posix()}" for trace in traces if trace.is_relative_to(here) and trace != here]
 
 
 def _environment(address: str) -> dict[str, str]:
