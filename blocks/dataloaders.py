@@ -32,9 +32,10 @@ class DataLoaders:
     def shard(self, rank: int, world: int) -> "DataLoaders":
         """The same data as one of `world` ranks sees it. TypeError when it cannot be divided."""
         if not isinstance(self.train, Feed) or not isinstance(self.valid, Feed):
+            undivided = self.valid if isinstance(self.train, Feed) else self.train
             raise TypeError(
                 "several workers need data that can be divided among them: make it with block.dataloaders(source) or "
-                f"cluster.dataloaders(block, source), not from {type(self.train).__name__}"
+                f"cluster.dataloaders(block, source), not from {type(undivided).__name__}"
             )
         return replace(self, train=self.train.shard(rank, world), valid=self.valid.shard(rank, world))
 

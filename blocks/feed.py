@@ -46,11 +46,11 @@ class _Columns:
 
     def __init__(self, tables: list[pa.Table]):
         schema = tables[0].schema
-        self.part = np.concatenate([as_array(t["part"]) for t in tables])
+        self.part = np.concatenate([as_array(t, "part") for t in tables])
         self.starts = np.cumsum([0, *(t.num_rows for t in tables)])
         self.ids = [t["id"] for t in tables]
         self.kinds = {f.name: tensor_type(f.metadata[TYPE_KEY].decode()) for f in schema if f.metadata}
-        self.arrays = {name: [as_array(t[name]) for t in tables] for name in self.kinds}
+        self.arrays = {name: [as_array(t, name) for t in tables] for name in self.kinds}
 
     def take(self, rows: np.ndarray) -> list[torch.Tensor]:
         """The typed columns of some rows, in their order."""
@@ -118,7 +118,7 @@ class Feed:
 
     def shard(self, rank: int, world: int) -> "Feed":
         """This feed as one of `world` ranks sees it."""
-        return replace(self, rank=rank, world=world)
+        return replace(self, rank=rank, world=world, epoch=[self.epoch[0]])
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the order of this epoch from now on."""

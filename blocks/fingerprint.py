@@ -11,18 +11,28 @@ import hashlib
 import importlib.metadata
 import platform
 import re
+import sys
 import sysconfig
 import types
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
+import plum
 import pyarrow as pa
 
 from blocks.transform import HOUSE
 
 LIBRARIES = ("numpy", "pillow", "pyarrow", "torch")
 _INSTALLED = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), sysconfig.get_path("stdlib"))
+
+
+# What Python and dataclass put into every class.
+_NOT_ITS_OWN = {
+    *vars(object),
+    *("__module__", "__dict__", "__weakref__", "__annotations__", "__orig_bases__", "__parameters__", "__slots__"),
+    *("__dataclass_fields__", "__dataclass_params__", "__match_args__", "__abstractmethods__", "_abc_impl"),
+} - {"__init__", "__eq__", "__hash__"}
 
 
 class NotFingerprintable(ValueError):
@@ -72,16 +82,19 @@ def _tokens(value: Any, seen: dict[int, int]) -> Iterator[str]:
             yield from _function(value, seen)
         case functools.partial():
             yield from _tokens([value.func, value.args, value.keywords], seen)
-        case type() | types.BuiltinFunctionType():
+        case types.BuiltinFunctionType():
             yield f"{value.__module__}:{value.__qualname__}"
+            if not isinstance(value.__self__, types.ModuleType | None):  # a method: labels.get
+                yield from _tokens(value.__self__, seen)
+        case type():
+            yield f"{value.__module__}:{value.__qualname__}"
+            yield from _class(value, seen)
         case types.CodeType():
             yield from _code(value, seen)
         case types.MethodType():
             yield from _tokens([value.__func__, value.__self__], seen)
         case _ if dataclasses.is_dataclass(value):
-            yield f"{type(value).__module__}:{type(value).__qualname__}"
-            if not _of_a_library(type(value).__module__, None):
-                yield from _methods(type(value), seen)
+            yield from _tokens(type(value), seen)
             for f in dataclasses.fields(value):
                 yield f.name
                 yield from _tokens(getattr(value, f.name), seen)
@@ -89,15 +102,43 @@ def _tokens(value: Any, seen: dict[int, int]) -> Iterator[str]:
             raise NotFingerprintable(f"{value!r:.80} ({type(value).__name__}) has no lasting identity")
 
 
-def _methods(cls: type, seen: dict[int, int]) -> Iterator[str]:
-    for name, member in sorted(vars(cls).items()):
-        if isinstance(member, types.FunctionType):
+def _class(cls: type, seen: dict[int, int]) -> Iterator[str]:
+    # What a class of the user's, and each of its bases, defines; of a library's its name has to do.
+    if id(cls) in seen:
+        return
+    seen[id(cls)] = len(seen)
+    for base in cls.__mro__:
+        if _of_a_library(base.__module__, _file_of(base)):
+            continue
+        for name, member in sorted(vars(base).items()):
+            if name in _NOT_ITS_OWN or (dataclasses.is_dataclass(base) and _made_by_dataclass(name, member)):
+                continue
             yield name
-            yield from _function(member, seen)
-        elif hasattr(member, "methods"):  # a function that plum dispatches
+            yield from _member(member, seen)
+
+
+def _made_by_dataclass(name: str, member: Any) -> bool:
+    return name.startswith("__") and getattr(getattr(member, "__code__", None), "co_filename", "") == "<string>"
+
+
+def _member(member: Any, seen: dict[int, int]) -> Iterator[str]:
+    match member:
+        case staticmethod() | classmethod():
+            yield from _tokens(member.__func__, seen)
+        case property():
+            yield from _tokens([member.fget, member.fset], seen)
+        case plum.Function():
             for m in member.methods:
-                yield f"{name}{m.signature}"
-                yield from _function(m.implementation, seen)
+                yield str(m.signature)
+                yield from _tokens(m.implementation, seen)
+        case types.MemberDescriptorType() | types.GetSetDescriptorType() | functools.cached_property():
+            yield "descriptor"
+        case _:
+            yield from _tokens(member, seen)
+
+
+def _file_of(cls: type) -> str | None:
+    return getattr(sys.modules.get(cls.__module__ or ""), "__file__", None)
 
 
 def _function(f: types.FunctionType, seen: dict[int, int]) -> Iterator[str]:
@@ -116,6 +157,10 @@ def _function(f: types.FunctionType, seen: dict[int, int]) -> Iterator[str]:
         used = f.__globals__.get(name)
         if isinstance(used, types.ModuleType):
             yield f"module:{used.__name__}"
+            if not _of_a_library(used.__name__, getattr(used, "__file__", None)):
+                for inner in _names(f.__code__):
+                    if isinstance(vars(used).get(inner), types.FunctionType | type):
+                        yield from _tokens(vars(used)[inner], seen)
         elif used is not None:
             yield name
             yield from _tokens(used, seen)
@@ -133,8 +178,9 @@ def _names(code: types.CodeType) -> list[str]:
     return list(dict.fromkeys([*code.co_names, *inner]))
 
 
-def _of_a_library(module: str, filename: str | None) -> bool:
-    if module.partition(".")[0] in HOUSE:
+def _of_a_library(module: str | None, filename: str | None) -> bool:
+    top = (module or "").partition(".")[0]
+    if top in HOUSE or top == "builtins":
         return True
     return filename is not None and any(Path(filename).is_relative_to(p) for p in _INSTALLED)
 

@@ -1,13 +1,19 @@
 """Where items come from and what they are called: listing files, and reading a label from a path."""
 
-import mimetypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from blocks.errors import DataError
 
-IMAGE_EXTENSIONS = frozenset(ext for ext, kind in mimetypes.types_map.items() if kind.startswith("image/"))
+# What PIL opens. Fixed here, because the machine's own table of types differs from one to the next.
+IMAGE_EXTENSIONS = frozenset(
+    f".{ending}"
+    for ending in (
+        *("avif", "bmp", "dib", "gif", "ico", "jfif", "jp2", "jpe", "jpeg", "jpg"),
+        *("pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp"),
+    )
+)
 
 
 def get_image_files(source: str | Path) -> list[Path]:
@@ -19,11 +25,21 @@ def get_image_files(source: str | Path) -> list[Path]:
 
 
 def _files(root: Path, extensions: frozenset[str]) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [s for s in subfolders if not s.startswith(".")]
+    seen = {os.path.realpath(root)}
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        subfolders[:] = [s for s in subfolders if not s.startswith(".") and not _again(os.path.join(folder, s), seen)]
         for name in names:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions:
                 yield Path(folder, name)
+
+
+def _again(folder: str, seen: set[str]) -> bool:
+    # A link may lead back up; each real folder is listed once.
+    real = os.path.realpath(folder)
+    if real in seen:
+        return True
+    seen.add(real)
+    return False
 
 
 def parent_label(item: str | Path) -> str:

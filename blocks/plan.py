@@ -4,6 +4,9 @@ Read -> Split -> Fit (one for each thing to learn) -> Encode   once, kept under 
 BatchSide                                                      each batch, on the device
 """
 
+import contextlib
+import os
+import pickle
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +18,9 @@ import pyarrow as pa
 
 from blocks.fingerprint import NotFingerprintable, fingerprint, versions
 from blocks.transform import Pipeline, Transform, transform_from_plain
+
+ITEMS_KEY = b"fastray.items"
+LONGEST_PATH = 4096
 
 
 @dataclass(frozen=True)
@@ -106,13 +112,17 @@ class Plan:
     @cached_property
     def _identity(self) -> tuple[str, str | None]:
         try:
-            return fingerprint(self._what_shapes_the_store(), self.listing.drop_columns(["item"])), None
+            return fingerprint(self._what_shapes_the_store()), None
         except NotFingerprintable as reason:
             return uuid.uuid4().hex[:16], str(reason)
 
     def _what_shapes_the_store(self) -> list[Any]:
         # What happens to each batch leaves the store as it is, so it may change without preparing anything again.
-        return [versions(), *(s for s in self.stages if not isinstance(s, BatchSide))]
+        # A file's content counts by its size and time, another item's by itself.
+        files = self.listing.schema.metadata[ITEMS_KEY] == b"paths"
+        items = None if files else items_in(self.listing)
+        listing = self.listing.drop_columns(["item"])
+        return [versions(), listing, items, *(s for s in self.stages if not isinstance(s, BatchSide))]
 
     @property
     def fingerprint(self) -> str:
@@ -161,24 +171,34 @@ class Plan:
 
 def listing_of(items: Sequence[Any], root: Path) -> pa.Table:
     """One row an item: its id (a path relative to the source's root, else its position), itself, size and mtime."""
-    if isinstance(items[0], Path):
-        stats = [path.stat() for path in items]
-        return pa.table(
-            {
-                "id": [_relative(path, root) for path in items],
-                "item": [str(path) for path in items],
-                "size": pa.array([s.st_size for s in stats], pa.int64()),
-                "mtime_ns": pa.array([s.st_mtime_ns for s in stats], pa.int64()),
-            }
-        ).replace_schema_metadata({"items": "path"})
-    nothing = pa.nulls(len(items), pa.int64())
-    return pa.table({"id": [str(i) for i in range(len(items))], "item": items, "size": nothing, "mtime_ns": nothing})
+    paths = all(isinstance(item, Path) for item in items)
+    stats = [_stat(item) for item in items]
+    return pa.table(
+        {
+            "id": [_relative(item, root) if paths else str(i) for i, item in enumerate(items)],
+            # Anything else travels as it is, from the driver to the tasks of the same run.
+            "item": [str(item) for item in items] if paths else [pickle.dumps(item) for item in items],
+            "size": pa.array([size for size, _ in stats], pa.int64()),
+            "mtime_ns": pa.array([mtime for _, mtime in stats], pa.int64()),
+        }
+    ).replace_schema_metadata({ITEMS_KEY: b"paths" if paths else b"pickled"})
+
+
+def _stat(item: Any) -> tuple[int, int]:
+    # Of a file; one that is not there is found out when it is read. A text may name a file, or be data itself.
+    if isinstance(item, Path) or (isinstance(item, str) and len(item) < LONGEST_PATH):
+        with contextlib.suppress(OSError, ValueError):
+            found = os.stat(item)
+            return found.st_size, found.st_mtime_ns
+    return 0, 0
 
 
 def items_in(rows: pa.Table) -> list[Any]:
     """The items of some rows of a listing, as `get_items` gave them."""
     items: list[Any] = rows["item"].to_pylist()
-    return [Path(i) for i in items] if (rows.schema.metadata or {}).get(b"items") == b"path" else items
+    if rows.schema.metadata[ITEMS_KEY] == b"paths":
+        return [Path(item) for item in items]
+    return [pickle.loads(item) for item in items]  # noqa: S301  the driver's own, of this run
 
 
 def _relative(path: Path, root: Path) -> str:

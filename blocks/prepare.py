@@ -4,6 +4,7 @@ The work is functions from an Arrow table of items to an Arrow table of what cam
 runs them over the parts of the listing: this process (`map_here`), or Ray Data's tasks (`cluster.data`).
 """
 
+import atexit
 import contextlib
 import json
 import math
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from blocks.errors import DataError, UnreadableRow
 from blocks.plan import Column, Encode, Plan, Read, items_in
-from blocks.shards import map_shard, typed_column, write_shard
+from blocks.shards import DTYPE_KEY, SAME_SIZE, TYPE_KEY, map_shard, typed_column, write_shard
 from blocks.splits import TRAIN, VALID
 from blocks.transform import Pipeline
 
@@ -99,6 +101,8 @@ def prepare(plan: Plan, *, map_blocks: MapBlocks = map_here, max_bad_rows: int =
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    if plan.unkept:  # no later run can find it
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Prepared.open(folder, plan, reused=False)
 
 
@@ -115,10 +119,22 @@ def _carry_out(plan: Plan, folder: Path, map_blocks: MapBlocks, max_bad_rows: in
     shards = [report for report in reports if report["rows"]]
     if not shards:
         raise DataError(f"none of the {listing.num_rows} rows could be read")
+    parts = {name: sum(report.pop(name) for report in reports) for name in ("train", "valid")}
+    for name, part in (("training", parts["train"]), ("validation", parts["valid"])):
+        if not part:
+            raise DataError(
+                f"the {name} part is empty once {len(bad_rows)} unreadable rows and those of classes with one item are taken "
+                "out of it: give another seed or fraction, or more rows"
+            )
+    kinds = {report.pop("columns"): report["file"] for report in shards}
+    if len(kinds) > 1:
+        first, other = list(kinds)[:2]
+        raise DataError(f"some files end up as {first}, others as {other}: {SAME_SIZE}")
     index = {
         "source": plan.stage(Read).source,
         "shards": shards,
         "fitted": fitted,
+        "parts": parts,
         "bad_rows": bad_rows,
         "seconds": round(time.perf_counter() - began, 3),
     }
@@ -179,7 +195,8 @@ def observe(to_fit: Sequence[tuple[Column, int]], rows: pa.Table) -> pa.Table:
         summaries = {part: _summary((column, position))() for part in (TRAIN, VALID)}
         before = Pipeline(column.type_tfms.transforms[:position])
         for row_id, part, item in samples:
-            with _naming(row_id, column.name):
+            # What cannot be read is counted when it is encoded.
+            with contextlib.suppress(UnreadableRow), _naming(row_id, column.name):
                 summaries[part].observe(before(column.getter(item)), row_id)
         found += [{"fit": number, "part": part, "summary": json.dumps(s.to_plain())} for part, s in summaries.items()]
     return pa.Table.from_pylist(found)
@@ -235,7 +252,23 @@ def encode_to_shard(encode: Encode, folder: Path, rows: pa.Table) -> pa.Table:
     if table is not None:
         write_shard(folder / file, table)
     size = (folder / file).stat().st_size if written else 0
-    return pa.table({"file": [file], "rows": [written], "bytes": [size], "bad_rows": [json.dumps(bad)]})
+    valid = 0 if table is None else int(pc.sum(table["part"]).as_py())
+    columns = "" if table is None else ", ".join(f"{f.name}: {_stored_type(f)}" for f in list(table.schema)[2:])
+    report = {
+        "file": file,
+        "rows": written,
+        "bytes": size,
+        "train": written - valid,
+        "valid": valid,
+        "columns": columns,
+        "bad_rows": json.dumps(bad),
+    }
+    return pa.Table.from_pylist([report])
+
+
+def _stored_type(field: pa.Field) -> str:
+    shape = "x".join(map(str, field.type.shape)) if isinstance(field.type, pa.FixedShapeTensorType) else "a number"
+    return f"{field.metadata[TYPE_KEY].decode()} of {shape}, {field.metadata[DTYPE_KEY].decode()}"
 
 
 def _rows_per_shard(encode: Encode, listing: pa.Table) -> int:

@@ -25,6 +25,11 @@ class TensorBase(torch.Tensor):
             result = func(*args, **(kwargs or {}))
         return _typed(result, cls._of_first(args))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        copied = self.clone()
+        memo[id(self)] = copied
+        return copied
+
     @classmethod
     def _of_first(cls, args: Iterable[Any]) -> "type[TensorBase]":
         for arg in args:

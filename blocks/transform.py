@@ -5,7 +5,7 @@ gets a fingerprint, and becomes plain data for an export and back without any co
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Protocol, Self
 
 import plum
@@ -41,11 +41,12 @@ class Transform:
     split_idx: ClassVar[int | None] = None
     summary: ClassVar[type[Summary] | None] = None  # what to observe of the training part; None: nothing to fit
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, registered: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in ("encodes", "decodes"):
             setattr(cls, name, _dispatched(cls, name))
-        _REGISTRY[registered_name(cls)] = cls
+        if registered:
+            _REGISTRY[registered_name(cls)] = cls
 
     def encodes(self, x: Any) -> Any:
         return x
@@ -134,7 +135,7 @@ def retain_type(new: Any, old: Any) -> Any:
 
 
 @dataclasses.dataclass
-class FunctionTransform(Transform):
+class FunctionTransform(Transform, registered=False):
     """A plain function used as a transform. It has no registered name, so it can run but not be exported."""
 
     function: Callable[[Any], Any]
@@ -166,6 +167,16 @@ def as_transform(t: TransformLike) -> Transform:
     raise TypeError(f"a transform is a Transform or a function, not {t!r}")
 
 
+def _flat(transforms: Any) -> Iterator[Transform]:
+    if isinstance(transforms, Pipeline):
+        yield from transforms.transforms
+    elif isinstance(transforms, Iterable) and not isinstance(transforms, type):
+        for t in transforms:
+            yield from _flat(t)
+    elif transforms is not None:
+        yield as_transform(transforms)
+
+
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
     """Transforms in order of their `order`; decodes run in reverse."""
@@ -173,12 +184,8 @@ class Pipeline:
     transforms: tuple[Transform, ...] = ()
 
     @classmethod
-    def of(cls, transforms: TransformLike | Iterable[TransformLike] | None) -> "Pipeline":
-        if transforms is None:
-            return cls()
-        many = transforms if isinstance(transforms, Iterable) and not isinstance(transforms, type) else [transforms]
-        ready = [as_transform(t) for t in many]
-        return cls(tuple(sorted(ready, key=lambda t: t.order)))
+    def of(cls, transforms: "TransformLike | Pipeline | Iterable[TransformLike | Pipeline] | None") -> "Pipeline":
+        return cls(tuple(sorted(_flat(transforms), key=lambda t: t.order)))
 
     def __call__(self, x: Any, split_idx: int | None = None) -> Any:
         for t in self.transforms:

@@ -30,10 +30,9 @@ class PILImage(Image.Image):
         UnreadableRow when the file is missing, empty, truncated or no picture.
         """
         try:
-            image = _opened(source)
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            converted = upright.convert(cls.mode_wanted)
+            with _opened(source) as image:
+                upright = ImageOps.exif_transpose(image)
+                converted = _eight_bits(upright).convert(cls.mode_wanted)
         # A damaged PNG raises SyntaxError, a truncated file OSError, an absurd size DecompressionBombError.
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UnreadableRow(f"not a readable image: {error}") from error
@@ -59,10 +58,19 @@ def _opened(source: Any) -> Image.Image:
         case bytes() | bytearray() | memoryview():
             return Image.open(io.BytesIO(source))
         case np.ndarray():
-            return Image.fromarray(source)
+            return Image.fromarray(source[..., 0] if source.ndim == 3 and source.shape[-1] == 1 else source)
         case str() | Path():
             return Image.open(source)
     raise TypeError(f"an image is a path, bytes, a PIL image or a uint8 array, not {type(source).__name__}")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    # PIL's own conversion cuts 16 bits off at 255, and warns of a palette with transparency.
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).clip(0, 255).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA")
+    return image
 
 
 @dataclass
@@ -87,8 +95,8 @@ class Resize(Transform):
     order: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        sizes = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
-        if len(sizes) != 2 or min(sizes) < 1:
+        sizes = tuple(self.size) if isinstance(self.size, tuple | list) else (self.size, self.size)
+        if len(sizes) != 2 or not all(type(s) is int and s > 0 for s in sizes):
             raise ValueError(f"Resize takes a side or (height, width) in pixels, at least 1, not {self.size!r}")
         self.size = sizes
 
@@ -126,7 +134,7 @@ class IntToFloatTensor(Transform):
     order: ClassVar[int] = 10
 
     def encodes(self, x: TensorImage) -> torch.Tensor:
-        return x.float().div_(255)
+        return x / 255  # of whole numbers too, this is float32
 
     def decodes(self, x: TensorImage) -> torch.Tensor:
         return x.clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -142,6 +150,7 @@ class Normalize(Transform):
     order: ClassVar[int] = 99
 
     def __post_init__(self) -> None:
+        self.mean, self.std = tuple(self.mean), tuple(self.std)
         if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
             raise ValueError(f"Normalize takes as many means as positive stds, not {self.mean!r} and {self.std!r}")
 

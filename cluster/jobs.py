@@ -27,7 +27,8 @@ def submit_job(words: Sequence[str], address: str, say: Callable[[str], None] = 
     """Run `fastray WORDS` as a job of the cluster at `address`, print its output as it comes, return its exit code.
 
     The working folder is shipped, less what .gitignore and .rayignore name; fastray itself is installed on the cluster.
-    Tracking, cache and storage go along as absolute addresses. JobError when the cluster does not answer, or when one of them is local and the cluster is not.
+    Tracking, cache and storage go along as absolute addresses. JobError when the cluster does not answer, or when one of
+    them is local and the cluster is not.
     """
     # `ray start` asks for a token by default; the client sends the one it finds only if told to.
     if any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")) or TOKEN_FILE.expanduser().exists():

@@ -40,7 +40,7 @@ def dls(digits_block: DataBlock, few_digits: Path) -> DataLoaders:
 
 def stored(dls: DataLoaders) -> dict[str, np.ndarray]:
     assert dls.prepared is not None
-    return {row_id: x for t in dls.prepared.tables() for row_id, x in zip(t["id"].to_pylist(), as_array(t["x"]), strict=True)}
+    return {row_id: x for t in dls.prepared.tables() for row_id, x in zip(t["id"].to_pylist(), as_array(t, "x"), strict=True)}
 
 
 @pytest.mark.parametrize("part", [TRAIN, VALID])

@@ -158,9 +158,8 @@ def test_a_changed_transform_changes_the_fingerprint(before: str, after: str) ->
 
 
 def test_a_transform_with_a_made_default_has_a_fingerprint() -> None:
-    text = TRANSFORM.replace("n: int = 0", "n: list = field(default_factory=list)").replace(
-        "import dataclass", "import dataclass, field"
-    )
+    text = TRANSFORM.replace("n: int = 0", "n: list = field(default_factory=list)")
+    text = text.replace("import dataclass", "import dataclass, field")
     assert fingerprint(module(text).f) == fingerprint(module(text).f)
     assert fingerprint(module(text).f) != fingerprint(module(text.replace("T()", "T([1])")).f)
 

@@ -53,7 +53,7 @@ def stored(prepared: Prepared) -> dict[str, tuple[int, np.ndarray, int]]:
         row_id: (part, x, y)
         for t in prepared.tables()
         for row_id, part, x, y in zip(
-            t["id"].to_pylist(), t["part"].to_pylist(), as_array(t["x"]), t["y"].to_pylist(), strict=True
+            t["id"].to_pylist(), t["part"].to_pylist(), as_array(t, "x"), t["y"].to_pylist(), strict=True
         )
     }
 
@@ -442,7 +442,7 @@ def test_a_column_is_stored_and_read_back(shape: tuple[int, ...], dtype: torch.d
     values = [torch.randint(0, 2, shape).to(dtype) for _ in range(5)]
     field, column = typed_column("x", values)
     write_shard(tmp_path / "a.arrow", pa.Table.from_arrays([column], schema=pa.schema([field])))
-    read = as_array(map_shard(tmp_path / "a.arrow")["x"])
+    read = as_array(map_shard(tmp_path / "a.arrow"), "x")
     assert torch.equal(torch.tensor(read), torch.stack(values))
     assert torch.tensor(read).dtype == dtype
     assert not read.flags.writeable

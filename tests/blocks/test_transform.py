@@ -243,6 +243,13 @@ def test_what_a_pipeline_is_made_of() -> None:
         Pipeline.of([3])  # type: ignore[list-item]
 
 
+def test_a_pipeline_in_a_pipeline_keeps_order_and_decodes() -> None:
+    """As when batch_tfms=Pipeline.of([Normalize(...)]) meets the block's own IntToFloatTensor."""
+    pipeline = Pipeline.of(Pipeline.of([Double()])) + Pipeline.of(Add(1))
+    assert pipeline(3) == 8
+    assert pipeline.decode(8) == 3
+
+
 def test_a_plain_function_is_a_transform() -> None:
     pipeline = Pipeline.of([str.upper, Add(1)])
     assert pipeline("a") == "A"

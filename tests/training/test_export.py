@@ -287,5 +287,5 @@ def test_a_builder_of_a_taken_name_does_not_stand_in_for_the_librarys() -> None:
 
 
 def test_an_unknown_architecture_suggests_others() -> None:
-    with pytest.raises(UserError, match="torchvision has no classifier 'resnet8': did you mean .*'resnet18'"):
+    with pytest.raises(UserError, match=r"torchvision has no classifier 'resnet8': did you mean .*'resnet18'"):
         torchvision_classifier(arch="resnet8", n_out=2)
