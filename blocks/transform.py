@@ -95,9 +95,10 @@ def transform_from_plain(plain: dict[str, Any]) -> Transform:
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
-def registered_name(cls: type) -> str:
-    """The class name for our own classes, module:name for a user's, so that nobody's class stands in for ours."""
-    return cls.__name__ if cls.__module__.partition(".")[0] in HOUSE else f"{cls.__module__}:{cls.__qualname__}"
+def registered_name(thing: Any) -> str:
+    """The name of a class or function of ours, module:name of a user's, so that nobody's stands in for ours."""
+    own = thing.__module__.partition(".")[0] in HOUSE
+    return thing.__name__ if own else f"{thing.__module__}:{thing.__qualname__}"
 
 
 def _dispatched(cls: type[Transform], name: str) -> plum.Function:

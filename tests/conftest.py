@@ -48,6 +48,16 @@ def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def ray_running() -> Iterator[None]:
+    """One Ray of the test session's own, for the tests that need it."""
+    from cluster.runtime import start_ray, stop_ray
+
+    start_ray()
+    yield
+    stop_ray()
+
+
 @pytest.fixture
 def digits_block() -> DataBlock:
     """The DataBlock that reads `few_digits` as 16x16 colour pictures."""

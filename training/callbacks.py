@@ -21,10 +21,10 @@ class BatchTransforms(Callback):
     order = -10
 
     def before_batch(self, learn: "Learner") -> None:
-        tfms = learn.dls.batch_tfms
-        if tfms.transforms:
+        tfms = getattr(learn.dls, "batch_tfms", None)
+        if tfms is not None and tfms.transforms:
             batch = tfms((*learn.xb, *learn.yb), split_idx=TRAIN if learn.training else VALID)
-            learn.xb, learn.yb = batch[: learn.dls.n_inp], batch[learn.dls.n_inp :]
+            learn.xb, learn.yb = batch[: len(learn.xb)], batch[len(learn.xb) :]
 
 
 class ScheduledRates(Callback):
@@ -46,15 +46,16 @@ class Recorder(Callback):
     Losses and metrics are means over all rows of all ranks, reduced once at the end of each part.
     """
 
-    order = 50
+    order = -50  # first, so that a callback that cancels a part before it begins does not keep it from hearing so
 
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
+        self.values: dict[str, float] = {}
         self.unit = "rows"
 
     def before_epoch(self, learn: "Learner") -> None:
-        self._began = time.perf_counter()
-        self.values: dict[str, float] = {"epoch": learn.epoch}
+        self._began = self._train_began = time.perf_counter()
+        self.values = {"epoch": learn.epoch}
 
     def before_train(self, learn: "Learner") -> None:
         self._restart(learn)
@@ -116,7 +117,7 @@ class Recorder(Callback):
         return {"history": [dict(values) for values in self.history]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.history = state["history"]
+        self.history = [dict(values) for values in state["history"]]
 
 
 class Progress(Callback):

@@ -38,8 +38,25 @@ def averaging(model: nn.Module) -> nn.Module:
         return model
     device = next(model.parameters()).device
     return DistributedDataParallel(
-        model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        forward_sync_buffers=False,  # `average_buffers` takes the ranks' statistics together, where this would keep one's
     )
+
+
+def average_buffers(model: nn.Module) -> None:
+    """Make the model's buffers equal on all ranks: running statistics their mean, counters rank 0's."""
+    if not _together():
+        return
+    floats = [b for b in model.buffers() if b.is_floating_point()]
+    if floats:
+        mean = sum_over_ranks(torch.cat([b.flatten() for b in floats])) / world()
+        for buffer, part in zip(floats, mean.split([b.numel() for b in floats]), strict=True):
+            buffer.copy_(part.view_as(buffer))
+    for buffer in model.buffers():
+        if not buffer.is_floating_point():
+            dist.broadcast(buffer, src=0)
 
 
 def default_device() -> torch.device:

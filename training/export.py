@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import blocks.category
@@ -66,11 +67,15 @@ def export(learn: "Learner", path: str | Path) -> Path:
         "loss": loss,
         "versions": {"torch": torch.__version__},
     }
+    try:
+        text = json.dumps(written, indent=1)
+    except TypeError as error:
+        raise ValueError(f"{spec.builder}: the model's arguments {spec.arguments!r} are not plain data: {error}") from error
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: w.detach().cpu().contiguous() for name, w in learn.model.state_dict().items()}
     safetensors.torch.save_file(weights, folder / WEIGHTS_FILE)
-    (folder / SPEC_FILE).write_text(json.dumps(written, indent=1))
+    (folder / SPEC_FILE).write_text(text, encoding="utf-8")
     return folder
 
 
@@ -112,17 +117,25 @@ def load_predictor(path: str | Path) -> Predictor:
     folder = Path(path)
     if not (folder / SPEC_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
         raise UserError(f"{str(folder)!r} is not an exported model: {SPEC_FILE} and {WEIGHTS_FILE} are not both there")
-    spec = json.loads((folder / SPEC_FILE).read_text())
+    try:
+        return _predictor(folder)
+    # What is read is a stranger's file: whatever is wrong with it is said as one thing.
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the export {str(folder)!r} cannot be used: {type(error).__name__}: {error}") from error
+
+
+def _predictor(folder: Path) -> Predictor:
+    spec = json.loads((folder / SPEC_FILE).read_text(encoding="utf-8"))
     if spec.get("format") != FORMAT:
-        raise UserError(f"{str(folder)!r} has format {spec.get('format')!r}; this version of fastray reads {FORMAT}")
+        raise ValueError(f"it has format {spec.get('format')!r}; this version of fastray reads {FORMAT}")
     if spec["loss"] not in LOSSES:
-        raise UserError(f"{str(folder)!r} names the loss {spec['loss']!r}; known: {', '.join(LOSSES)}")
+        raise ValueError(f"it names the loss {spec['loss']!r}; known: {', '.join(LOSSES)}")
     model = ModelSpec(spec["model"]["builder"], spec["model"]["arguments"]).build()
     weights = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     try:
         model.load_state_dict(weights)
     except RuntimeError as mismatch:
-        raise UserError(f"the weights in {str(folder)!r} do not fit its model: {mismatch}") from mismatch
+        raise ValueError(f"its weights do not fit its model: {mismatch}") from mismatch
     return Predictor(
         model=model.eval(),
         encode=Encode((Column("x", _itself, Pipeline.from_plain(spec["input"])),), Pipeline.from_plain(spec["item_tfms"])),

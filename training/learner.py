@@ -135,9 +135,10 @@ class Learner:
 
     def fit(self, schedule: Schedule | int, lr: float | None = None, *, on: Runner | None = None) -> None:
         """Train by `schedule`, a tuple of `Phase`s or a number of epochs at a flat rate; here, or `on` some workers."""
-        self.schedule = flat(schedule) if isinstance(schedule, int) else tuple(schedule)
-        if not self.schedule or not all(isinstance(p, Phase) for p in self.schedule):
+        phases = flat(schedule) if isinstance(schedule, int) else schedule
+        if not isinstance(phases, tuple) or not phases or not all(isinstance(p, Phase) for p in phases):
             raise TypeError(f"a schedule is a number of epochs or a tuple of Phases such as one_cycle(5), not {schedule!r}")
+        self.schedule = phases
         self.lr = self.lr if lr is None else lr
         if on is not None:
             on.run(self, self.schedule, self.lr)
@@ -194,7 +195,8 @@ class Learner:
 
     def _all_phases(self) -> None:
         for self.phase in self.schedule:
-            self.freeze_to(self.phase.freeze_to, self.phase.train_bn)
+            if self.phase.freeze_to is not None:
+                self.freeze_to(self.phase.freeze_to, self.phase.train_bn)
             self._forward = distributed.averaging(self.model)
             for self.epoch_in_phase in range(self.phase.epochs):
                 self._with_events(self._one_epoch, "epoch", CancelEpochException)
@@ -211,11 +213,17 @@ class Learner:
     def _validate(self) -> None:
         self.training, self.dl = False, self.dls.valid
         self.model.eval()
+        distributed.average_buffers(self.model)
         with torch.no_grad():
             self._with_events(self._all_batches, "validate", CancelValidException)
 
     def _all_batches(self) -> None:
-        self.n_iter = len(self.dl)  # type: ignore[arg-type]
+        try:
+            self.n_iter = len(self.dl)  # type: ignore[arg-type]
+        except TypeError:
+            raise ValueError(
+                f"the data has no length ({type(self.dl).__name__}): an iterator can be used once, give a list or a DataLoader"
+            ) from None
         drawn = 0
         for self.iter, batch in enumerate(self.dl):
             drawn += 1
@@ -231,7 +239,8 @@ class Learner:
         on_device = [self._move(column) for column in batch]
         self.xb, self.yb = tuple(on_device[:n_inp]), tuple(on_device[n_inp:])
         self.rows = len(self.xb[0])
-        self.global_rows = getattr(batch, "global_rows", self.rows)
+        # Plain batches of several ranks are taken to be of one size.
+        self.global_rows = getattr(batch, "global_rows", self.rows * distributed.world())
         self.pred = self.loss = self.loss_grad = None
 
     def _move(self, column: Any) -> Any:
@@ -335,5 +344,8 @@ class Learner:
 
 def target_type(dls: DataLoaders) -> type[Tensor]:
     """The type of the data's last column: TensorCategory for class labels, Tensor where nothing is known."""
-    last = next(iter(dls.train))[-1]
+    first = next(iter(dls.train), None)
+    if first is None:
+        raise ValueError("the training data gives no batches, so the loss cannot be inferred from them")
+    last = first[-1]
     return type(last) if isinstance(last, TensorBase) else Tensor

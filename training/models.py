@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from blocks.errors import UserError
+from blocks.transform import registered_name
 
 Builder = Callable[..., nn.Module]
 BUILDERS: dict[str, Builder] = {}
@@ -36,10 +37,10 @@ def model_builder(function: Builder) -> Builder:
     @wraps(function)
     def build(**arguments: Any) -> nn.Module:
         model = function(**arguments)
-        model.spec = ModelSpec(function.__name__, arguments)  # type: ignore[assignment]
+        model.spec = ModelSpec(registered_name(function), arguments)  # type: ignore[assignment]
         return model
 
-    BUILDERS[function.__name__] = build
+    BUILDERS[registered_name(function)] = build
     return build
 
 

@@ -29,7 +29,7 @@ def parameter_groups(layers: Sequence[Sequence[nn.Parameter]], model: nn.Module)
     Each has "layer_group", the number of the group of layers it belongs to.
     """
     undecayed = {id(p) for p in _norm_parameters(model)} | {
-        id(p) for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"
+        id(p) for name, p in model.named_parameters() if "bias" in name.rpartition(".")[2]
     }
     groups = []
     for number, parameters in enumerate(layers):
@@ -79,5 +79,9 @@ def one_group(model: nn.Module) -> list[list[nn.Parameter]]:
 
 def body_and_head(model: nn.Module) -> list[list[nn.Parameter]]:
     """Two groups: all layers but the last, and the last layer that has parameters (the classifier of torchvision's models)."""
-    *body, head = [child for child in model.children() if any(True for _ in child.parameters())]
-    return [[p for child in body for p in child.parameters()], list(head.parameters())]
+    children = [child for child in model.children() if any(True for _ in child.parameters())]
+    if not children:
+        raise ValueError(f"{type(model).__name__} has no layers to cut into body and head: give the Learner another splitter")
+    head = list(children[-1].parameters())
+    of_head = {id(p) for p in head}
+    return [[p for p in model.parameters() if id(p) not in of_head], head]

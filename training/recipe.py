@@ -8,6 +8,7 @@
 The command line, a sweep's space and a job set the same names. Calling a recipe function does no I/O and builds no model.
 """
 
+import contextlib
 import difflib
 import functools
 import inspect
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blocks.errors import UserError
-from training.expressions import NotAnExpression, read_expression
+from training.expressions import NotAnExpression, is_call, read_expression
 from training.schedule import SCHEDULES, Schedule, as_words, total_epochs
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def recipe(function: RecipeFunction) -> RecipeFunction:
 
     TypeError when an argument is not such, or is one of the runner's own words.
     """
-    parameters = inspect.signature(function).parameters
+    parameters = inspect.signature(function, eval_str=True).parameters
     for name, p in parameters.items():
         if name in RUNNER_WORDS:
             raise TypeError(
@@ -125,11 +126,20 @@ def read_setting(
         return text
     except ValueError as error:
         raise SettingError(f"{name}={text}: {error}") from None
-    return text if parameter.annotation is str and isinstance(value, str | int | float | None) else value
+    if is_call(text):
+        return value
+    # A setting that takes text takes it as it stands: weights=2024 is a file's name where weights are one.
+    import pydantic
+
+    for candidate, strict in ((text, True), (value, False), (text, False)):
+        with contextlib.suppress(pydantic.ValidationError):
+            pydantic.TypeAdapter(parameter.annotation).validate_python(candidate, strict=strict)
+            return candidate
+    return value
 
 
 def _parameter(make: RecipeFunction, name: str, also: Iterable[str] = ()) -> inspect.Parameter:
-    parameters = inspect.signature(make).parameters
+    parameters = inspect.signature(make, eval_str=True).parameters
     if name not in parameters:
         raise SettingError(f"{make.__name__} has no setting {name!r}{did_you_mean(name, [*parameters, *also])}")
     return parameters[name]

@@ -4,6 +4,7 @@ Rates are multiples of the run's `lr`, so that one schedule serves any rate, in 
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ class Curve:
 
     def __post_init__(self) -> None:
         at = [p for p, _ in self.points]
+        if not all(math.isfinite(number) for point in self.points for number in point):
+            raise ValueError(f"a curve is made of finite numbers, not {self.points!r}")
         if len(at) < 1 or at[0] != 0 or at[-1] > 1 or at != sorted(at):
             raise ValueError(f"a curve's points go from progress 0 up to at most 1, not {self.points!r}")
 
@@ -39,23 +42,26 @@ FLAT = Curve(((0.0, 1.0),))
 class Phase:
     """One stretch of training.
 
-    epochs: how many. freeze_to: the parameter groups before this one do not train (0: all train, -1: only the last).
+    epochs: how many. freeze_to: the parameter groups before this one do not train (0: all train, -1: only the last, None:
+    as it was).
     lr: multiple of the run's `lr` over the phase. momentum: Adam's first beta, None: the optimizer's own.
     spread: the first group's rate is 1/spread of the last one's, those between in equal ratios.
     train_bn: the normalisation layers of frozen groups train all the same.
     """
 
     epochs: int
-    freeze_to: int = 0
+    freeze_to: int | None = None
     lr: Curve = FLAT
     momentum: Curve | None = None
     spread: float = 1.0
     train_bn: bool = True
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"a phase has at least one epoch, not {self.epochs!r}")
-        if self.spread < 1:
+        if not isinstance(self.epochs, int) or self.epochs < 1:
+            raise ValueError(f"a phase has at least one epoch, a whole number, not {self.epochs!r}")
+        if not isinstance(self.lr, Curve) or not isinstance(self.momentum, Curve | None):
+            raise ValueError(f"a phase's rates are Curves over it, not {self.lr!r} and {self.momentum!r}")
+        if not self.spread >= 1 or math.isinf(self.spread):
             raise ValueError(f"spread divides the first group's rate and is at least 1, not {self.spread!r}")
 
 
@@ -84,7 +90,7 @@ def fine_tune(
 ) -> Schedule:
     """Train the last group alone for `freeze_epochs`, then all groups at half the rate, the first at 1/`lr_mult` of it."""
     frozen = _cycle(freeze_epochs, pct_start=0.99, div=25.0, div_final=1e5, freeze_to=-1) if freeze_epochs else None
-    whole = _cycle(epochs, pct_start=pct_start, div=div, div_final=1e5, top=0.5, spread=lr_mult)
+    whole = _cycle(epochs, pct_start=pct_start, div=div, div_final=1e5, top=0.5, spread=lr_mult, freeze_to=0)
     return (frozen, whole) if frozen else (whole,)
 
 
@@ -96,8 +102,12 @@ def _cycle(
     div_final: float,
     top: float = 1.0,
     spread: float = 1.0,
-    freeze_to: int = 0,
+    freeze_to: int | None = None,
 ) -> Phase:
+    if not (div > 0 and div_final > 0 and 0 <= pct_start <= 1):
+        raise ValueError(
+            f"pct_start is at least 0 and at most 1, div and div_final above 0, not {pct_start!r}, {div!r}, {div_final!r}"
+        )
     return Phase(
         epochs,
         freeze_to=freeze_to,
@@ -131,7 +141,7 @@ def total_epochs(schedule: Schedule) -> int:
 
 def schedule_to_plain(schedule: Schedule) -> list[dict[str, Any]]:
     """The schedule as numbers, lists and dicts."""
-    return [dataclasses.asdict(phase) for phase in schedule]
+    return [json.loads(json.dumps(dataclasses.asdict(phase))) for phase in schedule]
 
 
 def schedule_from_plain(plain: list[dict[str, Any]]) -> Schedule:

@@ -143,7 +143,7 @@ def test_a_value_that_a_part_of_the_recipe_refuses_is_a_setting_error() -> None:
     def short(*, epochs: int = 1) -> Recipe:
         return Recipe(block=BLOCK, source="here", learner=not_called, lr=1.0, schedule=flat(epochs))
 
-    with pytest.raises(SettingError, match="short: a phase has at least one epoch, not 0"):
+    with pytest.raises(SettingError, match="short: a phase has at least one epoch, a whole number, not 0"):
         short(epochs=0)
 
 

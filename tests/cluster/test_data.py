@@ -1,0 +1,72 @@
+"""A plan carried out by Ray Data gives the same bytes as in this process, and its errors arrive as themselves."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blocks import DataBlock, DataError, prepare
+from cluster import dataloaders
+from cluster.data import map_on_ray
+
+pytestmark = pytest.mark.usefixtures("ray_running")
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in sorted(folder.glob("*.arrow"))}
+
+
+def test_here_is_as_through_ray_data(
+    digits_block: DataBlock, few_digits: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    here = digits_block.dataloaders(few_digits).prepared
+    monkeypatch.setenv("FASTRAY_CACHE", str(tmp_path / "other"))
+    through_ray = dataloaders(digits_block, few_digits).prepared
+    assert here is not None
+    assert through_ray is not None
+    assert not through_ray.reused
+    assert shards(here.folder) == shards(through_ray.folder)
+    assert here.index | {"seconds": 0} == through_ray.index | {"seconds": 0}
+
+
+def test_the_second_time_nothing_is_decoded(digits_block: DataBlock, few_digits: Path) -> None:
+    dataloaders(digits_block, few_digits)
+    plan = digits_block.plan(few_digits)
+
+    def nobody(*_: Any) -> Iterator[Any]:
+        raise AssertionError("the data is prepared already")
+
+    assert prepare(plan, map_blocks=nobody).reused
+
+
+def broken_label(path: Path) -> str:
+    raise KeyError(f"no label for {path.name}")
+
+
+def test_an_error_of_the_users_code_arrives_as_itself(digits_block: DataBlock, few_digits: Path) -> None:
+    with pytest.raises(KeyError, match="no label for") as caught:
+        dataloaders(replace(digits_block, get_y=broken_label), few_digits)
+    notes = "\n".join(caught.value.__notes__)
+    assert "while preparing 'y' of the row '0/" in notes
+    assert "broken_label" in notes
+
+
+def test_unreadable_files_are_named(digits_block: DataBlock, few_digits: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "photos"
+    shutil.copytree(few_digits, folder)
+    (folder / "1" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno picture")
+    with pytest.raises(DataError, match=r"1 rows cannot be read, 0 are allowed:\n  1/broken.png: "):
+        dataloaders(digits_block, folder)
+
+
+def test_each_table_is_one_task() -> None:
+    import pyarrow as pa
+
+    tables = [pa.table({"n": [i] * (i + 1)}) for i in range(5)]
+    rows = [t.to_pylist() for t in map_on_ray(lambda t: pa.table({"rows": [t.num_rows], "n": [t["n"][0].as_py()]}), tables)]
+    assert sorted(r["n"] for (r,) in rows) == [0, 1, 2, 3, 4]
+    assert all(r["rows"] == r["n"] + 1 for (r,) in rows)

@@ -1,0 +1,125 @@
+"""What a spool says is what a real MLflow store holds afterwards; a store that cannot be written is said before training."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from cluster.places import places
+from cluster.spool import append, append_epoch, follow
+from cluster.tracking import StoreError, Tracker, start_run
+from cluster.train import ending
+
+
+def epoch(number: int, **values: float) -> dict[str, Any]:
+    return {"epoch": number, **values}
+
+
+def test_a_run_is_recorded(own_places: Path) -> None:
+    spool = own_places / "spool.jsonl"
+    (own_places / "a.png").write_bytes(b"picture")
+    with Tracker(spool, places().tracking, "tests") as tracker:
+        tracker.opened()
+        start_run(
+            spool, "r", "the run", {"lr": 0.1, "arch": "resnet18", "long": "x" * 7000}, tags={"fastray.fingerprint": "ab"}
+        )
+        append(spool, "text", "r", file="plan.txt", text="read, split")
+        append(spool, "artifact", "r", path=str(own_places / "a.png"), folder="pictures")
+        append_epoch(spool, "r", epoch(0, **{"train/loss": 2.0}))
+        append_epoch(spool, "r", epoch(1, **{"train/loss": 1.0}))
+        append(spool, "end", "r", status="FINISHED")
+    assert tracker.trouble is None
+    client = MlflowClient(places().tracking)
+    run = client.get_run(tracker.run_id("r"))
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "the run"
+    assert run.data.params["lr"] == "0.1"
+    assert len(run.data.params["long"]) == 6000
+    assert run.data.tags["fastray.fingerprint"] == "ab"
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [(m.step, m.value) for m in history] == [(0, 2.0), (1, 1.0)]
+    assert "epoch" not in run.data.metrics
+    assert [a.path for a in client.list_artifacts(run.info.run_id)] == ["pictures", "plan.txt"]
+    assert (own_places / "mlflow.db").is_file()
+    assert list((own_places / "mlruns" / "tests").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, "FINISHED"), (KeyboardInterrupt, "KILLED"), (RuntimeError, "FAILED"), (SystemExit, "FAILED")]
+)
+def test_every_end_is_recorded(error: type[BaseException] | None, status: str, own_places: Path) -> None:
+    spool = own_places / "spool.jsonl"
+    finished = threading.Event()
+    finished.set()
+
+    def run() -> None:
+        with ending(spool, "r"):
+            if error:
+                raise error
+
+    if error:
+        with pytest.raises(error):
+            run()
+    else:
+        run()
+    (records,) = list(follow(spool, finished))
+    assert [(r["kind"], r["status"]) for r in records] == [("end", status)]
+
+
+def test_a_spool_is_followed_line_by_line(own_places: Path) -> None:
+    """A line that is only half written is left for the next look."""
+    spool, finished = own_places / "spool.jsonl", threading.Event()
+    append(spool, "a", "r", n=1)
+    with spool.open("a") as file:
+        file.write('{"kind": "b", "run')
+    followed = follow(spool, finished)
+    assert [r["kind"] for r in next(followed)] == ["a"]
+    with spool.open("a") as file:
+        file.write('": "r"}\n')
+    assert [r["kind"] for r in next(followed)] == ["b"]
+    finished.set()
+    assert list(followed) == []
+
+
+UNUSABLE = [
+    "below a file",
+    "no folder can be made there",
+    "not a database",
+    "a folder",
+    "a percent sign",
+    "nobody answers",
+    "an unknown kind",
+]
+
+
+def unusable_stores(folder: Path) -> dict[str, str]:
+    (folder / "a_file").write_text("x")
+    (folder / "garbage.db").write_text("this is no database, " * 100)
+    return {
+        "below a file": f"sqlite:///{folder / 'a_file' / 'mlflow.db'}",
+        "no folder can be made there": "sqlite:////proc/fastray/mlflow.db",
+        "not a database": f"sqlite:///{folder / 'garbage.db'}",
+        "a folder": f"sqlite:///{folder}",
+        "a percent sign": f"sqlite:///{folder / 'a%20b' / 'mlflow.db'}",
+        "nobody answers": "http://127.0.0.1:9",
+        "an unknown kind": "gopher://somewhere",
+    }
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_a_store_that_cannot_be_written(kind: str, own_places: Path) -> None:
+    uri = unusable_stores(own_places)[kind]
+    with Tracker(own_places / "spool.jsonl", uri, "tests") as tracker, pytest.raises(StoreError) as caught:
+        tracker.opened()
+    assert uri in str(caught.value)
+    assert "MLFLOW_TRACKING_URI" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_passwords_are_not_shown(own_places: Path) -> None:
+    uri = "http://me:secret@127.0.0.1:9"
+    with Tracker(own_places / "spool.jsonl", uri, "tests") as tracker, pytest.raises(StoreError) as caught:
+        tracker.opened()
+    assert "secret" not in str(caught.value)

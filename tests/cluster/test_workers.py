@@ -1,0 +1,80 @@
+"""A Learner on Ray Train workers comes home as if it had trained here; what is too much or goes wrong is said at once."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from blocks import DataBlock, DataLoaders
+from cluster import Workers, dataloaders
+from cluster.runtime import ResourceError
+from training import Callback, Learner, accuracy, flat, model_builder
+
+pytestmark = pytest.mark.usefixtures("ray_running")
+
+
+@model_builder
+def tiny_classifier(*, n_out: int) -> nn.Module:
+    """One convolution and one linear layer."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, n_out))
+
+
+@pytest.fixture
+def learner(digits_block: DataBlock, few_digits: Path) -> Callable[[], Learner]:
+    dls = dataloaders(digits_block, few_digits, batch_size=16)
+
+    def make(dls: DataLoaders = dls) -> Learner:
+        torch.manual_seed(0)
+        # SGD, because Adam's first steps turn the rounding of a sum over ranks into steps of full size.
+        return Learner(dls, tiny_classifier(n_out=3), opt_func=lambda p: torch.optim.SGD(p, lr=0.1), lr=0.1, metrics=accuracy)
+
+    return make
+
+
+def test_two_workers_are_as_one(learner: Callable[[], Learner], capsys: pytest.CaptureFixture[str]) -> None:
+    here, there = learner(), learner()
+    here.fit(2)
+    capsys.readouterr()
+    there.fit(2, on=Workers(2))
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in printed] == [["epoch", "1/2"], ["epoch", "2/2"]]
+    assert "accuracy" in printed[-1]
+    assert printed[-1].endswith("images/s")
+    for a, b in zip(here.recorder.history, there.recorder.history, strict=True):
+        assert b["train/loss"] == pytest.approx(a["train/loss"], abs=1e-4)
+        assert b["valid/loss"] == pytest.approx(a["valid/loss"], abs=1e-4)
+        assert b["valid/accuracy"] == a["valid/accuracy"]
+    for a, b in zip(here.model.parameters(), there.model.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert there.validate()["valid/accuracy"] == there.recorder.history[-1]["valid/accuracy"]
+    assert there.epoch == 2
+    assert there.opt.state_dict()["param_groups"][0]["lr"] == 0.1
+
+
+class FailsInTheSecondEpoch(Callback):
+    def before_train(self, learn: Learner) -> None:
+        if learn.epoch == 1:
+            raise RuntimeError("out of ideas")
+
+
+def test_an_error_on_a_worker_arrives_as_itself(learner: Callable[[], Learner]) -> None:
+    learn = learner()
+    learn.add_callback(FailsInTheSecondEpoch())
+    with pytest.raises(RuntimeError, match="out of ideas") as caught:
+        learn.fit(flat(3), on=Workers(2))
+    assert "FailsInTheSecondEpoch.before_train" in "".join(getattr(caught.value, "__notes__", [])) + str(caught.value)
+
+
+def test_more_workers_than_there_are_cpus_are_refused(learner: Callable[[], Learner]) -> None:
+    with pytest.raises(ResourceError, match=r"640 CPUs are asked for, the cluster has \d+: give workers=\d+ or fewer"):
+        learner().fit(1, on=Workers(640))
+
+
+def test_workers_are_asked_for() -> None:
+    assert Workers.asked(None, default=2) == Workers(2)
+    assert Workers.asked(None) == Workers(torch.cuda.device_count(), gpu=torch.cuda.is_available())
+    assert Workers.asked(3) == Workers(3, gpu=torch.cuda.device_count() >= 3)
+    with pytest.raises(ValueError, match="workers=-1"):
+        Workers(-1)
