@@ -21,7 +21,7 @@ from typing import Any
 import plum
 import pyarrow as pa
 
-from blocks.transform import HOUSE
+from blocks.house import HOUSE
 
 LIBRARIES = ("numpy", "pillow", "pyarrow", "torch")
 _INSTALLED = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), sysconfig.get_path("stdlib"))

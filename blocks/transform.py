@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Protocol, Self
 import plum
 import torch
 
-HOUSE = ("blocks", "training", "cluster", "pipelines")
+from blocks.house import HOUSE
+
 _REGISTRY: dict[str, type["Transform"]] = {}
 
 

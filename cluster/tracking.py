@@ -164,10 +164,12 @@ def _check_writable(file: Path) -> None:
 
 
 def _unusable(tracking: str, reason: str) -> StoreError:
-    return StoreError(
-        f"MLflow's store {_without_password(tracking)} cannot be written: {reason}. Start from a folder you can write in, "
-        "or set MLFLOW_TRACKING_URI to another store or server"
+    message = (
+        f"MLflow's store {tracking} cannot be written: {reason}. Start from a folder you can write in, or set "
+        "MLFLOW_TRACKING_URI to another store or server"
     )
+    password = urlsplit(tracking).password
+    return StoreError(message.replace(f":{password}@", ":***@") if password else message)
 
 
 def _signature() -> Any:
@@ -270,8 +272,3 @@ def start_run(
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _without_password(uri: str) -> str:
-    password = urlsplit(uri).password
-    return uri.replace(f":{password}@", ":***@") if password else uri

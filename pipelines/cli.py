@@ -13,8 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from blocks.errors import UserError
-
-HOUSE = ("blocks", "training", "cluster", "pipelines")
+from blocks.house import HOUSE
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -11,7 +11,7 @@ MetricFunction = Callable[[Tensor, Tensor], Tensor]
 
 def accuracy(pred: Tensor, targ: Tensor) -> Tensor:
     """The share of rows whose largest of (rows, classes) is the target (rows,), as a scalar."""
-    return (pred.argmax(dim=1) == targ).float().mean()
+    return (pred.argmax(dim=1) == targ).double().mean()  # float32 would not add up to whole rows over many batches
 
 
 def error_rate(pred: Tensor, targ: Tensor) -> Tensor:

@@ -1,17 +1,22 @@
 """A plan carried out by Ray Data gives the same bytes as in this process, and its errors arrive as themselves."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.cloudpickle
 
 from blocks import DataBlock, DataError, prepare
 from cluster import dataloaders
 from cluster.data import map_on_ray
 
 pytestmark = pytest.mark.usefixtures("ray_running")
+
+# As with a script of the user's: what this file defines travels by value, because workers cannot import it.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def shards(folder: Path) -> dict[str, bytes]:
