@@ -8,6 +8,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.result import Result
 
+from cluster.runtime import is_own
 from cluster.spool import append_epoch
 
 ABORT_SECONDS = 20.0
@@ -35,6 +36,12 @@ class InterruptibleTrainer(TorchTrainer):
 
     def _register_sigint_handler(self, controller: Any) -> None:  # a private hook: a test holds that Ctrl-C works
         self._controller = controller
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # Two processes fewer: one frees what a dead driver held, which a Ray of one's own does by ending; the other
+        # serves data sets, and there are none.
+        unneeded = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if is_own() else set())
+        return [c for c in super()._create_default_callbacks() if type(c).__name__ not in unneeded]
 
     def fit(self) -> Result:
         try:

@@ -38,6 +38,7 @@ def map_on_ray(function: TableFunction, tables: Sequence[pa.Table]) -> Iterator[
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.op_resource_reservation_enabled = False  # with it a map of few blocks begins with one task at a time
 
     def guarded(table: pa.Table) -> pa.Table:
         # An error travels as a value: raised inside a task, Ray Data would wrap it and print its own trace first.

@@ -7,6 +7,7 @@ import os
 import shlex
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -36,6 +37,8 @@ def submit_job(words: Sequence[str], address: str, say: Callable[[str], None] = 
     from ray.exceptions import RayError
     from ray.job_submission import JobStatus, JobSubmissionClient
 
+    if not address.startswith(("http://", "https://")):
+        raise JobError(f"{address!r} is not the address of a dashboard: write it as http://127.0.0.1:8265")
     environment = _environment(address)
     try:
         client = JobSubmissionClient(address)
@@ -54,6 +57,8 @@ def submit_job(words: Sequence[str], address: str, say: Callable[[str], None] = 
             say(lines.rstrip("\n"))
 
     asyncio.run(follow())
+    while not client.get_job_status(job).is_terminal():  # a stream of logs may end before its job
+        time.sleep(0.3)
     info = client.get_job_info(job)
     say(f"job {job} {info.status}")
     if info.status == JobStatus.SUCCEEDED:
@@ -77,7 +82,10 @@ def _own_traces() -> list[str]:
     traces = [Path(now.storage), Path(now.cache)]
     if database is not None:
         traces += [database, database.parent / "mlruns"]
-    return [f"/{trace.relative_to(here).as_posix()}" for trace in traces if trace.is_relative_to(here) and trace != here]
+    # A file of secrets goes nowhere.
+    return [".env"] + [
+        f"/{trace.relative_to(here).as_posix()}" for trace in traces if trace.is_relative_to(here) and trace != here
+    ]
 
 
 def _environment(address: str) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Sweeps: Ray Tune draws settings of a recipe function, each trial trains in a process of its own on data prepared once."""
 
-import os
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -220,10 +220,6 @@ def _run_trials(
     say: Say,
     most_epochs: int,
 ) -> list[Trial]:
-    # Read when Tune is imported or starts. Its own output would stand between ours; its own handler of Ctrl-C would let
-    # an interrupted sweep look like one that ended.
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
     from ray.tune.search import BasicVariantGenerator
@@ -276,6 +272,7 @@ def _run_trials(
         ),
         run_config=tune.RunConfig(name="trials", storage_path=str(folder), verbose=0, callbacks=[ToSpool()]),
     )
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's error is told at the end
     try:
         results = tuner.fit()
     finally:

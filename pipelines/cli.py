@@ -41,12 +41,15 @@ def recipes() -> None:
 def train(name: str, words: Sequence[str]) -> None:
     """Train RECIPE. workers=N trains on N Ray Train workers, workers=0 in this process."""
     make, settings, runner = _read(name, words, {"workers": int})
+    recipe = make(**settings)
     from cluster import Workers, train_recipe
+    from cluster.runtime import start_ray_meanwhile
     from pipelines.report import report_training
 
-    default = 2 if name == "digits" else None
-    trained = train_recipe(make(**settings), Workers.asked(runner.get("workers"), default), say=click.echo)
-    report_training(trained, say=click.echo)
+    workers = Workers.asked(runner.get("workers"), default=2 if name == "digits" else None)
+    if workers.number:
+        start_ray_meanwhile()
+    report_training(train_recipe(recipe, workers, say=click.echo), say=click.echo)
 
 
 @cli.command()

@@ -20,7 +20,11 @@ Say = Callable[[str], None]
 def report_training(trained: "Trained", say: Say) -> None:
     """Accuracy, where things lie, a prediction by the logged model in a fresh process, and what to do next."""
     from cluster import places
+    from cluster.runtime import stop_ray
 
+    model = trained.model_uri or str(trained.export)
+    elsewhere = _predicting_in_a_fresh_process(model, trained.example)
+    stop_ray()
     learn = trained.learn
     last = learn.recorder.history[-1]
     shown = [f"{k.removeprefix('valid/')} {v:.4f}" for k, v in last.items() if k.startswith("valid/") and k != "valid/loss"]
@@ -31,18 +35,21 @@ def report_training(trained: "Trained", say: Say) -> None:
     say(f"data     {learn.dls.prepared.folder}")
     if trained.trouble:
         say(f"records  not all sent to MLflow: {trained.trouble}. They are in {trained.folder / 'spool.jsonl'}")
-    model = trained.model_uri or str(trained.export)
-    say(f"loaded   in a fresh process: {_predicted_in_a_fresh_process(model, trained.example)}")
+    say(f"loaded   in a fresh process: {_answer(elsewhere)}")
     say("next     fastray ui")
     say(f"         fastray predict {shlex.quote(model)} {shlex.quote(str(trained.example))}")
 
 
-def _predicted_in_a_fresh_process(model: str, file: Path) -> str:
+def _predicting_in_a_fresh_process(model: str, file: Path) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "pipelines", "predict", model, str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr}")
-    return done.stdout.strip()
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _answer(process: "subprocess.Popen[str]") -> str:
+    answer, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"the model cannot be loaded back:\n{errors}")
+    return answer.strip()
 
 
 def report_predictions(predictor: "Predictor", files: Sequence[str], say: Say) -> None:

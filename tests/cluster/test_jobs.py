@@ -26,13 +26,18 @@ def test_a_local_place_goes_to_no_other_machine(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_earlier_runs_left_is_not_shipped(own_places: Path) -> None:
-    assert _own_traces() == ["/runs", "/mlflow.db", "/mlruns"]
+    assert _own_traces() == [".env", "/runs", "/mlflow.db", "/mlruns"]
 
 
 def test_the_command_of_a_job() -> None:
     assert _entrypoint(["train", "digits", "schedule=one_cycle(1)"], "http://192.0.2.77:8265") == (
         "python -m pipelines train digits 'schedule=one_cycle(1)'"
     )
+
+
+def test_an_address_is_a_url() -> None:
+    with pytest.raises(JobError, match=r"write it as http://127\.0\.0\.1:8265"):
+        submit_job(["train", "digits"], "127.0.0.1:8265")
 
 
 def test_a_cluster_that_does_not_answer() -> None:
