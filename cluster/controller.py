@@ -1,4 +1,4 @@
-"""Train's controller, from the driver's side and inside it. Apart, because the controller imports this file: keep it light."""
+"""Train's controller, from the driver's side and from inside: the controller imports this file, and no Learner."""
 
 import contextlib
 from typing import Any
