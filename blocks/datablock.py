@@ -26,7 +26,7 @@ class TransformBlock:
     batch_tfms: tuple[TransformLike, ...] = ()
 
 
-def _itself(item: Any) -> Any:
+def the_item(item: Any) -> Any:
     return item
 
 
@@ -42,8 +42,8 @@ class DataBlock:
 
     blocks: Sequence[TransformBlock]
     get_items: Callable[[Any], Iterable[Any]]
-    get_x: Callable[[Any], Any] = _itself
-    get_y: Callable[[Any], Any] = _itself
+    get_x: Callable[[Any], Any] = the_item
+    get_y: Callable[[Any], Any] = the_item
     splitter: Callable[[Sequence[Any]], tuple[Sequence[int], Sequence[int]]] = field(default_factory=RandomSplitter)
     item_tfms: TransformLike | Sequence[TransformLike] = ()
     batch_tfms: TransformLike | Sequence[TransformLike] = ()

@@ -138,12 +138,12 @@ def _predictor(folder: Path) -> Predictor:
         raise ValueError(f"its weights do not fit its model: {mismatch}") from mismatch
     return Predictor(
         model=model.eval(),
-        encode=Encode((Column("x", _itself, Pipeline.from_plain(spec["input"])),), Pipeline.from_plain(spec["item_tfms"])),
+        encode=Encode((Column("x", the_item, Pipeline.from_plain(spec["input"])),), Pipeline.from_plain(spec["item_tfms"])),
         batch_tfms=Pipeline.from_plain(spec["batch_tfms"]),
         vocab=tuple(spec["vocab"]),
         loss=LOSSES[spec["loss"]](),
     )
 
 
-def _itself(item: Any) -> Any:
+def the_item(item: Any) -> Any:
     return item
