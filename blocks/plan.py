@@ -152,6 +152,8 @@ class Plan:
                         f"{self.listing.num_rows} items, {_bytes(size)}, {_name(get_items)} of {source}",
                     )
                 case Split(splitter, train, valid):
+                    if prepared is not None:  # once lone classes have moved and bad rows are gone
+                        train, valid = prepared.index["parts"]["train"], prepared.index["parts"]["valid"]
                     yield "split", "once", f"{_name(splitter)}: {train} training rows, {valid} validation rows"
                 case Fit(column, position):
                     tfm = next(c for c in self.columns if c.name == column).type_tfms.transforms[position]

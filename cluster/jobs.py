@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from blocks.errors import UserError
-from cluster.places import has_password, is_local, places, sqlite_file
+from cluster.places import has_secret, is_local, places, sqlite_file
 
 # Ray's loggers that tell of each upload and each large file.
 TALKATIVE = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
@@ -50,16 +50,25 @@ def submit_job(words: Sequence[str], address: str, say: Callable[[str], None] = 
         )
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise JobError(f"the cluster at {address} does not take the job: {error}") from error
-    say(f"job {job} at {address}; to stop it: ray job stop --address {address} {job}")
+    stop = f"ray job stop --address {address} {job}"
+    say(f"job {job} at {address}; to stop it: {stop}")
 
     async def follow() -> None:
         async for lines in client.tail_job_logs(job):
             say(lines.rstrip("\n"))
 
-    asyncio.run(follow())
-    while not client.get_job_status(job).is_terminal():  # a stream of logs may end before its job
-        time.sleep(0.3)
-    info = client.get_job_info(job)
+    try:
+        asyncio.run(follow())
+        while not client.get_job_status(job).is_terminal():  # a stream of logs may end before its job
+            time.sleep(0.3)
+        info = client.get_job_info(job)
+    except KeyboardInterrupt:
+        say(f"the job continues; to stop it: {stop}")
+        raise
+    except (ConnectionError, RuntimeError, OSError) as error:
+        raise JobError(
+            f"the cluster at {address} can be followed no more: {error}. The job continues; to stop it: {stop}"
+        ) from error
     say(f"job {job} {info.status}")
     if info.status == JobStatus.SUCCEEDED:
         return 0
@@ -90,15 +99,18 @@ def _own_traces() -> list[str]:
 
 def _environment(address: str) -> dict[str, str]:
     environment = places().environment()
-    for name, place in environment.items():
-        if has_password(place):
-            raise JobError(f"{name} carries a password, which Ray's dashboard would show: set it on the cluster's nodes")
-        if is_local(place) and not _is_this_machine(address):
-            raise JobError(
-                f"{name} is on this machine ({place}), which the cluster at {address} cannot reach: set it to a server or "
-                "a storage URL that both can"
-            )
-    return environment
+    tracking = environment["MLFLOW_TRACKING_URI"]
+    if has_secret(tracking):
+        raise JobError("MLFLOW_TRACKING_URI carries a password or token, which Ray's dashboard would show: set it on the nodes")
+    if _is_this_machine(address):
+        return environment
+    if is_local(tracking):
+        raise JobError(
+            f"MLFLOW_TRACKING_URI is on this machine ({tracking}), which the cluster at {address} cannot reach: set it to a "
+            "server that both can"
+        )
+    # Folders of this machine mean nothing there; one that the person names is taken to be the cluster's.
+    return {name: place for name, place in environment.items() if name == "MLFLOW_TRACKING_URI" or os.environ.get(name)}
 
 
 def _is_this_machine(address: str) -> bool:

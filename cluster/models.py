@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blocks.errors import UserError
-from cluster.places import places
+from cluster.places import places, shown
 from cluster.tracking import open_client
 
 if TYPE_CHECKING:
@@ -32,12 +32,12 @@ def _downloaded(uri: str) -> Path:
     try:
         logged = open_client(tracking).get_logged_model(uri.removeprefix("models:/"))
         folder = download_artifacts(artifact_uri=logged.artifact_location, tracking_uri=tracking)
-    except (MlflowException, OSError) as error:
+        data = Model.load(folder).flavors["python_function"]["data"]
+    except (MlflowException, OSError, KeyError) as error:
         raise UserError(
-            f"there is no model {uri!r} in MLflow's store {tracking}: {error}. Its address is printed when training ends; "
-            "the store is that of the working folder, or MLFLOW_TRACKING_URI"
+            f"there is no model {uri!r} in MLflow's store {shown(tracking)}: {error}. Its address is printed when training "
+            "ends; the store is that of the working folder, or MLFLOW_TRACKING_URI"
         ) from error
-    data = Model.load(folder).flavors["python_function"]["data"]
     inside = Path(folder, data).resolve()
     if not inside.is_relative_to(Path(folder).resolve()):
         raise UserError(f"the model {uri!r} points at {os.fspath(inside)!r}, outside its own folder")

@@ -27,7 +27,7 @@ def places() -> Places:
     return Places(
         cache=str(cache_folder()),
         storage=str(Path(os.environ.get("FASTRAY_STORAGE") or here / "runs").expanduser().absolute()),
-        tracking=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{here / 'mlflow.db'}",
+        tracking=_absolute(os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"),
     )
 
 
@@ -36,9 +36,22 @@ def is_local(address: str) -> bool:
     return urlsplit(address).scheme in ("", "file", "sqlite")
 
 
-def has_password(address: str) -> bool:
-    """Whether a URL carries a password."""
-    return urlsplit(address).password is not None
+def has_secret(address: str) -> bool:
+    """Whether a URL carries a user name, a password or a token."""
+    return "@" in urlsplit(address).netloc
+
+
+def shown(text: str, of: str | None = None) -> str:
+    """An address, or a text that repeats the address `of`, without what it carries before the @."""
+    userinfo = urlsplit(of or text).netloc.rpartition("@")[0]
+    return text.replace(f"{userinfo}@", "***@") if userinfo else text
+
+
+def _absolute(tracking: str) -> str:
+    # Relative addresses mean another place in another process's folder.
+    if tracking.startswith("sqlite:///"):
+        return f"sqlite:///{Path(tracking.removeprefix('sqlite:///')).absolute()}"
+    return tracking if urlsplit(tracking).scheme else str(Path(tracking).absolute())
 
 
 def sqlite_file(tracking: str) -> Path | None:

@@ -47,6 +47,7 @@ class Grid(Choice):
 
 
 Space = LogUniform | Uniform | Choice
+KINDS = (LogUniform, Uniform, Choice)
 
 
 def loguniform(low: float, high: float) -> LogUniform:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 POLL_SECONDS = 0.1
+SPOOL = "spool.jsonl"  # in a run's folder
 
 
 def append(spool: Path | str, kind: str, run: str, /, **values: Any) -> None:

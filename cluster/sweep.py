@@ -1,6 +1,8 @@
 """Sweeps: Ray Tune draws settings of a recipe function, each trial trains in a process of its own on data prepared once."""
 
+import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,31 +17,42 @@ from blocks.errors import UserError
 from cluster.places import places
 from cluster.runtime import check_resources, start_ray
 from cluster.space import Choice, Grid, LogUniform, Space, Uniform, space_words
-from cluster.spool import append, append_epoch
+from cluster.spool import SPOOL, append, append_epoch
 from cluster.tracking import Tracker, start_run
 from cluster.train import ending, new_learner, new_run_folder, prepared_data, record_data, tags_of
 from training.callback import Callback
 from training.callbacks import Progress
 from training.learner import Learner
-from training.recipe import Recipe, RecipeFunction, SettingError, checked, did_you_mean
+from training.recipe import RecipeFunction, SettingError, checked, did_you_mean
 from training.schedule import as_words, total_epochs
 
 SCHEDULERS = ("none", "asha")
+GOLDEN = 0.6180339887
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial: the settings it drew, its last score, how many epochs it trained, and how it ended."""
+    """One trial: the settings it drew and those that were fixed, its last score, its epochs, and how it ended.
+
+    ended: "finished", "stopped" by the scheduler, or "failed", with the reason in `error`.
+    """
 
     drawn: dict[str, Any]
+    fixed: dict[str, Any]
     score: float
     epochs: int
     ended: str
+    error: str = ""
+
+    def rank(self, mode: str) -> tuple[bool, float]:
+        """Sorts the best first; what failed, or has no number for a score, last."""
+        usable = self.ended != "failed" and not math.isnan(self.score)
+        return not usable, (-self.score if mode == "max" else self.score) if usable else 0.0
 
     def words(self) -> dict[str, str]:
-        """The drawn settings as the command line takes them."""
-        return {key: as_words(value) for key, value in self.drawn.items()}
+        """The settings as the command line takes them."""
+        return {key: as_words(value) for key, value in {**self.fixed, **self.drawn}.items()}
 
     def describe(self) -> str:
         """The drawn settings for reading: numbers in four digits."""
@@ -50,7 +63,6 @@ class Trial:
 class Swept:
     """What a sweep left: its trials, best first, and MLflow's id of the parent run."""
 
-    recipe: str
     metric: str
     trials: tuple[Trial, ...]
     run_id: str | None
@@ -61,7 +73,7 @@ class Swept:
     def table(self) -> str:
         """The trials as text, best first."""
         lines = [f"{self.metric:>14}  epochs  ended       settings"]
-        lines += [f"{t.score:14.4f}  {t.epochs:6d}  {t.ended:<10}  {t.describe()}" for t in self.trials]
+        lines += [f"{t.score:14.4f}  {t.epochs:6d}  {t.ended:<10}  {t.describe()}  {t.error}".rstrip() for t in self.trials]
         return "\n".join(lines)
 
 
@@ -83,27 +95,28 @@ def sweep(
     if scheduler not in SCHEDULERS:
         raise SettingError(f"there is no scheduler {scheduler!r}{did_you_mean(scheduler, SCHEDULERS)}")
     began = time.perf_counter()
-    recipes = _drawn_at_the_ends(make, space)
-    first = recipes[0]
+    candidates = _check(make, space)
+    first = make(**{name: values[0] for name, values in candidates.items()})
+    most_epochs = max(make(**{"schedule": s}).epochs for s in candidates.get("schedule", [first.schedule]))
     folder = new_run_folder(f"{first.name}-sweep")
-    spool, run = folder / "spool.jsonl", folder.name
+    spool, run = folder / SPOOL, folder.name
     with Tracker(spool, places().tracking, experiment=first.name) as tracker:
         start_ray()
         check_resources(CPU=1)
-        dls = _prepared_once(recipes, say)
+        dls = _prepared_once(make, space, candidates, say)
         metric, mode = _target(new_learner(first, dls))
         tracker.opened()
+        folder.mkdir(parents=True)
         texts = {key: space_words(value) for key, value in {**first.settings, **space}.items()}
         tags = tags_of(dls) | {"fastray.sweep": run}
         start_run(spool, run, run, {"recipe": first.name, **texts, "trials": trials, "scheduler": scheduler}, tags=tags)
         with ending(spool, run):
             record_data(spool, run, folder, dls)
             say(f"sweep: {trials} trials, {metric} decides, scheduler {scheduler}")
-            found = _run_trials(make, space, trials, scheduler, metric, mode, folder, say, max(r.epochs for r in recipes))
+            found = _run_trials(make, space, trials, scheduler, metric, mode, folder, say, most_epochs, first.seed)
     return Swept(
-        recipe=first.name,
         metric=metric,
-        trials=tuple(sorted(found, key=lambda t: t.score, reverse=mode == "max")),
+        trials=tuple(sorted(found, key=lambda t: t.rank(mode))),
         run_id=tracker.run_id(run),
         folder=folder,
         seconds=time.perf_counter() - began,
@@ -119,22 +132,21 @@ def described(drawn: Mapping[str, Any]) -> str:
 # --- the space ---------------------------------------------------------------------------------------------------------
 
 
-def _drawn_at_the_ends(make: RecipeFunction, space: Mapping[str, Any]) -> list[Recipe]:
-    # Recipes that hold every value a choice can take and the ends of every range: each is checked against the recipe
-    # before anything starts, and their plans tell which settings change the data.
-    candidates = {name: [checked(make, name, value) for value in _ends(given)] for name, given in space.items()}
-    base = {name: values[0] for name, values in candidates.items()}
-    recipes = [make(**base)]
-    recipes += [make(**base | {name: value}) for name, values in candidates.items() for value in values[1:]]
-    return recipes
+def _check(make: RecipeFunction, space: Mapping[str, Any]) -> dict[str, list[Any]]:
+    # Every value a choice can take and some of every range, checked against the recipe before anything starts.
+    candidates = {name: [checked(make, name, value) for value in _some(given)] for name, given in space.items()}
+    for name, values in candidates.items():
+        for value in values:
+            make(**{name: value})
+    return candidates
 
 
-def _ends(given: Any) -> Sequence[Any]:
+def _some(given: Any) -> Sequence[Any]:
     match given:
         case Choice(options):
             return options
         case LogUniform(low, high) | Uniform(low, high):
-            return (low, high)
+            return (low, high, low + (high - low) * GOLDEN)  # not a whole number, where one is wanted
     return (given,)
 
 
@@ -156,19 +168,31 @@ def _for_tune(given: Any) -> Any:
             assert_never(given)
 
 
-def _prepared_once(recipes: Sequence[Recipe], say: Say) -> DataLoaders:
+def _prepared_once(make: RecipeFunction, space: Mapping[str, Any], candidates: dict[str, list[Any]], say: Say) -> DataLoaders:
     # Each different plan is prepared before the first trial: inside one it would wait for CPUs that the trials hold.
-    first = prepared_data(recipes[0], on_ray=True, say=say)
-    assert first.prepared is not None
-    known = {first.prepared.fingerprint}
-    for recipe in recipes[1:]:
-        fingerprint = recipe.block.plan(recipe.located()).fingerprint
-        if fingerprint not in known:
-            known.add(fingerprint)
-            prepared_data(recipe, on_ray=True, say=say)
-    if len(known) > 1:
-        say(f"data: {len(known)} prepared data sets for the settings to choose from")
-    return first
+    base = {name: values[0] for name, values in candidates.items()}
+    changing = {name: values for name, values in candidates.items() if len({_plan(make, base, name, v) for v in values}) > 1}
+    for name in changing:
+        if not isinstance(space[name], Choice):
+            raise UserError(
+                f"{name} changes how the data is prepared, so it is a choice(...) or grid(...), not {space[name]!r}"
+            )
+    found: dict[str, DataLoaders] = {}
+    for values in itertools.product(*changing.values()):
+        recipe = make(**base | dict(zip(changing, values, strict=True)))
+        plan = recipe.block.plan(recipe.located())
+        if plan.unkept:
+            raise UserError(f"the trials of a sweep share prepared data, which cannot be recognised here: {plan.unkept}")
+        if plan.fingerprint not in found:
+            found[plan.fingerprint] = prepared_data(recipe, on_ray=True, say=say)
+    if len(found) > 1:
+        say(f"data: {len(found)} prepared data sets for the settings to choose from")
+    return next(iter(found.values()))
+
+
+def _plan(make: RecipeFunction, base: Mapping[str, Any], name: str, value: Any) -> str:
+    recipe = make(**{**base, name: value})
+    return recipe.block.plan(recipe.located()).fingerprint
 
 
 def _target(learn: Learner) -> tuple[str, str]:
@@ -196,11 +220,7 @@ def _trial(settings: dict[str, Any], make: RecipeFunction) -> None:
     """What one trial runs, in its own process: the same as a training run in this process."""
     torch.set_num_threads(1)  # a trial has one CPU
     recipe = make(**settings)
-    dls = recipe.block.dataloaders(
-        recipe.located(), batch_size=recipe.batch_size, seed=recipe.seed, max_bad_rows=recipe.max_bad_rows
-    )
-    assert dls.prepared is not None
-    assert dls.prepared.reused, "the data of a trial is prepared before it"
+    dls = recipe.block.dataloaders(recipe.located(), **recipe.data_settings)
     learn = new_learner(recipe, dls)
     for callback in list(learn.callbacks):
         if isinstance(callback, Progress):
@@ -219,6 +239,7 @@ def _run_trials(
     folder: Path,
     say: Say,
     most_epochs: int,
+    seed: int,
 ) -> list[Trial]:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
@@ -228,12 +249,14 @@ def _run_trials(
     spool, parent = folder / "spool.jsonl", folder.name
 
     running: set[str] = set()
+    configs: dict[str, dict[str, Any]] = {}  # a result has none when its process died before it could say
 
     class ToSpool(tune.Callback):
         """Runs on the driver: each trial is a child run of the sweep's."""
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             running.add(trial.trial_id)
+            configs[trial.trial_id] = dict(trial.config)
             settings = make(**trial.config).settings
             start_run(
                 spool,
@@ -249,7 +272,8 @@ def _run_trials(
             append_epoch(spool, trial.trial_id, values)
             drawn = described({name: trial.config[name] for name in drawn_names})
             epochs = total_epochs(make(**trial.config).schedule)
-            say(f"trial {trial.trial_id}  epoch {values['epoch'] + 1}/{epochs}  {metric} {values[metric]:.4f}  {drawn}")
+            score = values.get(metric, math.nan)
+            say(f"trial {trial.trial_id}  epoch {values['epoch'] + 1}/{epochs}  {metric} {score:.4f}  {drawn}")
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             running.discard(trial.trial_id)
@@ -266,7 +290,7 @@ def _run_trials(
             num_samples=trials,
             metric=metric,
             mode=mode,
-            search_alg=BasicVariantGenerator(random_state=make().seed),
+            search_alg=BasicVariantGenerator(random_state=seed),
             scheduler=ASHAScheduler(max_t=most_epochs) if scheduler == "asha" else FIFOScheduler(),
             reuse_actors=True,
         ),
@@ -278,20 +302,23 @@ def _run_trials(
     finally:
         for trial_id in running:  # interrupted
             append(spool, "end", trial_id, status="KILLED")
-    found = [_as_trial(r, drawn_names, metric, mode, make) for r in results]
+    by_id = {r.metrics["trial_id"]: r for r in results if r.metrics and "trial_id" in r.metrics}
+    found = [_as_trial(by_id.get(i), config, drawn_names, metric, make) for i, config in configs.items()]
     if all(t.ended == "failed" for t in found):
         raise RuntimeError(f"all {len(found)} trials failed; the first error:\n{results.errors[0]}")
     return found
 
 
-def _as_trial(result: Any, drawn_names: Sequence[str], metric: str, mode: str, make: RecipeFunction) -> Trial:
-    metrics = result.metrics or {}
+def _as_trial(result: Any, config: dict[str, Any], drawn_names: Sequence[str], metric: str, make: RecipeFunction) -> Trial:
+    metrics = result.metrics if result is not None else {}
     epochs = int(metrics.get("epoch", -1)) + 1
-    whole = epochs == total_epochs(make(**result.config).schedule)
-    worst = float("-inf") if mode == "max" else float("inf")
+    error = "its process ended before its first report" if result is None else str(result.error or "").strip()
+    whole = epochs == total_epochs(make(**config).schedule)
     return Trial(
-        drawn={name: result.config[name] for name in drawn_names},
-        score=metrics.get(metric, worst),
+        drawn={name: config[name] for name in drawn_names},
+        fixed={name: value for name, value in config.items() if name not in drawn_names},
+        score=metrics.get(metric, math.nan),
         epochs=epochs,
-        ended="failed" if result.error else "finished" if whole else "stopped",
+        ended="failed" if error else "finished" if whole else "stopped",
+        error=error.splitlines()[-1] if error else "",
     )

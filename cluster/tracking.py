@@ -11,24 +11,27 @@ Kinds of records in the spool, in the order a run writes them:
 """
 
 import contextlib
+import logging
 import os
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 from blocks.errors import UserError
-from cluster.places import sqlite_file
+from cluster.places import shown, sqlite_file
 from cluster.spool import append, follow
 from training.schedule import as_words
 
 PARAMS_A_CALL, METRICS_A_CALL = 100, 1000  # MLflow's limits
 LONGEST_PARAM = 6000
+END_TRIES, END_SECONDS = 3, 20.0
 
 
 class StoreError(UserError):
@@ -131,6 +134,7 @@ def open_client(tracking: str) -> Any:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it would tell of each table it creates
     try:
         return MlflowClient(tracking_uri=tracking)
     except MlflowException as error:
@@ -138,12 +142,10 @@ def open_client(tracking: str) -> Any:
 
 
 def _settle_mlflow() -> None:
-    # Before the first import of mlflow, which reads its logging level then.
     for name, value in {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # a dead server fails at once, not after minutes
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-        "MLFLOW_LOGGING_LEVEL": "WARNING",  # it would tell of each table it creates
     }.items():
         os.environ.setdefault(name, value)
 
@@ -168,8 +170,7 @@ def _unusable(tracking: str, reason: str) -> StoreError:
         f"MLflow's store {tracking} cannot be written: {reason}. Start from a folder you can write in, or set "
         "MLFLOW_TRACKING_URI to another store or server"
     )
-    password = urlsplit(tracking).password
-    return StoreError(message.replace(f":{password}@", ":***@") if password else message)
+    return StoreError(shown(message, of=tracking))
 
 
 def _signature() -> Any:
@@ -214,7 +215,11 @@ class Tracker:
     def close(self) -> None:
         """Send what is left and end the thread."""
         self._finished.set()
-        self._thread.join()
+        try:
+            self._thread.join()
+        except KeyboardInterrupt:  # how the run ended is still to be sent
+            self._thread.join(timeout=END_SECONDS)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -231,35 +236,38 @@ class Tracker:
         return None if self.store is None else self.store.models.get(run)
 
     def _work(self) -> None:
-        _settle_mlflow()
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
-
-        failures = (MlflowException, SQLAlchemyError, OSError)
+        # Whatever goes wrong in this thread is told by `opened` or `trouble`: raised here, nobody would hear of it.
         try:
             store = self.store = Store(self.tracking, self.experiment)
         except StoreError as error:
             self._unusable = error
             return
-        except failures as error:
+        except Exception as error:  # noqa: BLE001
             self._unusable = _unusable(self.tracking, _first_line(error))
             return
         finally:
             self._opened.set()
+        unsent: list[dict[str, Any]] = []
         for records in follow(self.spool, self._finished):
-            if self.trouble is None:
-                try:
-                    self._send(store, records)
-                except failures as error:
-                    self.trouble = _first_line(error)
+            for (kind, run), group in groupby(records, key=lambda r: (r["kind"], r["run"])):
+                together = list(group)
+                if kind == "metrics":
+                    self._try(partial(store.send_metrics, run, together))
+                else:
+                    unsent += [r for r in together if not self._try(partial(store.send, r)) and kind == "end"]
+        for record in unsent:  # no run is left RUNNING for one request that failed
+            for _ in range(END_TRIES):
+                if self._try(partial(store.send, record)):
+                    break
+                time.sleep(1)
 
-    def _send(self, store: Store, records: list[dict[str, Any]]) -> None:
-        for (kind, run), group in groupby(records, key=lambda r: (r["kind"], r["run"])):
-            if kind == "metrics":
-                store.send_metrics(run, group)
-            else:
-                for record in group:
-                    store.send(record)
+    def _try(self, request: Callable[[], None]) -> bool:
+        try:
+            request()
+        except Exception as error:  # noqa: BLE001
+            self.trouble = self.trouble or _first_line(error)
+            return False
+        return True
 
 
 def start_run(

@@ -5,8 +5,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,7 +14,7 @@ from blocks.dataloaders import DataLoaders
 from blocks.feed import Feed
 from cluster.data import dataloaders
 from cluster.places import places
-from cluster.spool import append
+from cluster.spool import SPOOL, append
 from cluster.tracking import Tracker, start_run
 from cluster.workers import SpoolReport, Workers
 from training.learner import Learner
@@ -41,12 +41,15 @@ class Trained:
 def train_recipe(recipe: Recipe, workers: Workers, say: Say = print) -> Trained:
     """Train `recipe` on `workers` and record it in MLflow as one run: FINISHED, FAILED, or KILLED when interrupted."""
     began = time.perf_counter()
+    recipe.located()
+    workers.check(recipe.batch_size)
     folder = new_run_folder(recipe.name)
-    spool, run = folder / "spool.jsonl", folder.name
+    spool, run = folder / SPOOL, folder.name
     with Tracker(spool, places().tracking, experiment=recipe.name) as tracker:
         dls = prepared_data(recipe, on_ray=workers.number > 0, say=say)
         learn = new_learner(recipe, dls)
         tracker.opened()
+        folder.mkdir(parents=True)
         params = {"recipe": recipe.name, **recipe.settings, "workers": workers.number}
         start_run(spool, run, run, params, tags=tags_of(dls))
         with ending(spool, run):
@@ -69,22 +72,16 @@ def train_recipe(recipe: Recipe, workers: Workers, say: Say = print) -> Trained:
 
 
 def new_run_folder(name: str) -> Path:
-    """A new folder of a run in the storage place, by name and time."""
-    folder = Path(places().storage, f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}")
-    folder.mkdir(parents=True)
-    return folder
+    """The folder of a new run in the storage place, by name and time; made when the run begins."""
+    return Path(places().storage, f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}")
 
 
 def prepared_data(recipe: Recipe, on_ray: bool, say: Say) -> DataLoaders:
     """The recipe's data, prepared or found prepared; says which, and how many files were decoded."""
     began = time.perf_counter()
     source = recipe.located()
-    settings: dict[str, Any] = {
-        "batch_size": recipe.batch_size,
-        "seed": recipe.seed,
-        "max_bad_rows": recipe.max_bad_rows,
-    }
-    dls = dataloaders(recipe.block, source, **settings) if on_ray else recipe.block.dataloaders(source, **settings)
+    make = partial(dataloaders, recipe.block) if on_ray else recipe.block.dataloaders
+    dls = make(source, **recipe.data_settings)
     prepared = dls.prepared
     assert prepared is not None
     if prepared.reused:

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Callable
 
 from blocks.errors import UserError
-from cluster.places import places
+from cluster.places import places, shown
 from cluster.tracking import open_client
 
 HOST = "127.0.0.1"
@@ -23,34 +23,27 @@ def serve_ui(port: int, say: Callable[[str], None] = print) -> None:
     """Serve MLflow's pages on loopback until interrupted. UserError when the port is in use or the store unusable."""
     tracking = places().tracking
     if tracking.startswith(("http://", "https://")):
-        say(f"the records are on a server that has pages of its own: {tracking}")
+        say(f"the records are on a server that has pages of its own: {shown(tracking)}")
         return
     _check_free(port)
     open_client(tracking)  # an unusable store is said in one line here, not in a server's traceback
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "ui",
-        "--backend-store-uri",
-        tracking,
-        "--host",
-        HOST,
-        "--port",
-        str(port),
-    ]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    command = [sys.executable, "-m", "mlflow", "ui", "--host", HOST, "--port", str(port), "--workers", "1"]
+    environment = os.environ | {
+        "MLFLOW_BACKEND_STORE_URI": tracking,  # not on the command line, which everybody can see
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
     with tempfile.TemporaryFile("w+") as log:
         # A session of its own, so that its workers end with it, however this process is told to end.
-        server = subprocess.Popen([*command, "--workers", "1"], env=environment, stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
-            _wait_until_healthy(server, port)
-            say(f"MLflow: http://{HOST}:{port}  (records: {tracking}; Ctrl-C ends it)")
-            server.wait()
+            if _becomes_healthy(server, port):
+                say(f"MLflow: http://{HOST}:{port}  (records: {shown(tracking)}; Ctrl-C ends it)")
+                server.wait()
         finally:
             _end(server)
         log.seek(0)
-        raise UserError(f"MLflow's server has ended by itself:\n{log.read()[-2000:]}")
+        raise UserError(f"MLflow's server did not start, or has ended by itself:\n{log.read()[-2000:]}")
 
 
 def _check_free(port: int) -> None:
@@ -62,14 +55,15 @@ def _check_free(port: int) -> None:
             raise UserError(f"port {port} is in use ({error.strerror}): give another one with --port") from error
 
 
-def _wait_until_healthy(server: "subprocess.Popen[bytes]", port: int) -> None:
+def _becomes_healthy(server: "subprocess.Popen[bytes]", port: int) -> bool:
     deadline = time.monotonic() + START_SECONDS
     while server.poll() is None and time.monotonic() < deadline:
         try:
             with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=2):
-                return
+                return True
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
+    return False
 
 
 def _end(server: "subprocess.Popen[bytes]") -> None:

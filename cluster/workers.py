@@ -14,7 +14,7 @@ import torch
 
 from blocks.errors import UserError
 from cluster.runtime import check_resources, start_ray
-from cluster.spool import append_epoch, follow
+from cluster.spool import SPOOL, append_epoch, follow
 from training import distributed
 from training.callback import Callback
 from training.callbacks import Progress, epoch_line
@@ -47,6 +47,18 @@ class Workers:
             number = gpus if default is None else default
         return cls(number, gpu=0 < number <= gpus)
 
+    def check(self, batch_size: int) -> None:
+        """What is asked for against what there is, before anything is prepared. UserError with what to write instead."""
+        if self.number == 0:
+            return
+        if batch_size < 2 * self.number:
+            raise UserError(
+                f"batch_size={batch_size} is the global one and must give each of {self.number} workers two rows: at least "
+                f"{2 * self.number}"
+            )
+        start_ray()
+        check_resources(CPU=self.number, **({"GPU": self.number} if self.gpu else {}))
+
     def run(self, learn: Learner, schedule: Schedule, lr: float) -> None:
         """Train a copy of `learn` on the workers; afterwards `learn` looks as if it had trained here."""
         if self.number == 0:
@@ -58,7 +70,7 @@ class Workers:
             folder = Path(self.storage or stack.enter_context(tempfile.TemporaryDirectory(prefix="fastray-")))
             folder.mkdir(parents=True, exist_ok=True)
             report = next((c for c in learn.callbacks if isinstance(c, SpoolReport)), None)
-            spool, run = (folder / "spool.jsonl", "run") if report is None else (Path(report.path), report.run)
+            spool, run = (folder / SPOOL, "run") if report is None else (Path(report.path), report.run)
             if any(isinstance(c, Progress) for c in learn.callbacks):
                 stack.enter_context(_printed(spool, run, total_epochs(schedule)))
             state = _trained_state(self, _shipped(learn), schedule, lr, folder, spool, run)
@@ -126,8 +138,9 @@ def _trained_state(
     try:
         result = trainer.fit()
     except WorkerGroupError as error:
-        first = min(error.worker_failures)
-        raise error.worker_failures[first] from None
+        # Where one rank fails the others lose their peer: that is not the reason.
+        failures = sorted(error.worker_failures.items(), key=lambda rank: ("gloo" in str(rank[1]).lower(), rank[0]))
+        raise failures[0][1] from None
     with result.checkpoint.as_directory() as home:
         return torch.load(Path(home, STATE_FILE), map_location="cpu", weights_only=True)
 

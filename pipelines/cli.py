@@ -15,6 +15,9 @@ import click
 from blocks.errors import UserError
 from blocks.house import HOUSE
 
+# The words beside a recipe's settings, by command.
+RUNNER_WORDS: dict[str, dict[str, type]] = {"train": {"workers": int}, "sweep": {"trials": int, "scheduler": str}}
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="fastray", message="%(package)s %(version)s")
@@ -40,7 +43,7 @@ def recipes() -> None:
 @click.argument("words", nargs=-1, metavar="[KEY=VALUE]...")
 def train(name: str, words: Sequence[str]) -> None:
     """Train RECIPE. workers=N trains on N Ray Train workers, workers=0 in this process."""
-    make, settings, runner = _read(name, words, {"workers": int})
+    make, settings, runner = _read(name, words, RUNNER_WORDS["train"])
     recipe = make(**settings)
     from cluster import Workers, train_recipe
     from cluster.runtime import start_ray_meanwhile
@@ -60,23 +63,21 @@ def sweep(name: str, words: Sequence[str]) -> None:
 
     A setting is a value or a space: choice(a, b), grid(a, b), uniform(low, high), loguniform(low, high).
     """
-    from cluster.space import SPACES
-
-    make, settings, runner = _read(name, words, {"trials": int, "scheduler": str}, SPACES)
+    make, settings, runner = _read(name, words, RUNNER_WORDS["sweep"], spaces=True)
     from cluster import sweep as run_sweep
     from pipelines.report import report_sweep
 
-    report_sweep(run_sweep(make, settings, **runner, say=click.echo), say=click.echo)
+    report_sweep(run_sweep(make, settings, **runner, say=click.echo), name, say=click.echo)
 
 
 @cli.command()
-@click.argument("command", type=click.Choice(["train", "sweep"]))
+@click.argument("command", type=click.Choice(list(RUNNER_WORDS)))
 @click.argument("name", metavar="RECIPE")
 @click.argument("words", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--address", required=True, help="The cluster's dashboard, such as http://127.0.0.1:8265.")
 def submit(command: str, name: str, words: Sequence[str], address: str) -> None:
     """Run `fastray COMMAND RECIPE ...` as a job of a Ray cluster; follow it and return its exit code."""
-    _read(name, words, {"workers": int, "trials": int, "scheduler": str}, None if command == "train" else _spaces())
+    _read(name, words, RUNNER_WORDS[command], spaces=command == "sweep")
     from cluster import submit_job
 
     sys.exit(submit_job([command, name, *words], address, say=click.echo))
@@ -90,9 +91,7 @@ def show(name: str, words: Sequence[str], picture: str) -> None:
     """Explain the data of RECIPE stage by stage, and save a picture of a batch."""
     make, settings, _ = _read(name, words, {})
     recipe = make(**settings)
-    dls = recipe.block.dataloaders(
-        recipe.located(), batch_size=recipe.batch_size, seed=recipe.seed, max_bad_rows=recipe.max_bad_rows
-    )
+    dls = recipe.block.dataloaders(recipe.located(), **recipe.data_settings)
     click.echo(dls.plan_text)
     try:
         dls.show_batch().savefig(picture)
@@ -121,14 +120,8 @@ def ui(port: int) -> None:
     serve_ui(port, say=click.echo)
 
 
-def _spaces() -> dict[str, Any]:
-    from cluster.space import SPACES
-
-    return SPACES
-
-
 def _read(
-    name: str, words: Sequence[str], runner_words: dict[str, type], spaces: dict[str, Any] | None = None
+    name: str, words: Sequence[str], runner_words: dict[str, type], spaces: bool = False
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     # The recipe function, its settings and the runner's own words, from `key=value` words.
     from pipelines.recipes import find_recipe
@@ -136,6 +129,12 @@ def _read(
     from training.schedule import SCHEDULES
 
     make = find_recipe(name)
+    names: dict[str, Any] = SCHEDULES
+    kinds: tuple[type, ...] = ()
+    if spaces:
+        from cluster.space import KINDS, SPACES
+
+        names, kinds = SCHEDULES | SPACES, KINDS
     settings: dict[str, Any] = {}
     runner: dict[str, Any] = {}
     for word in words:
@@ -150,15 +149,9 @@ def _read(
             except ValueError:
                 raise SettingError(f"{key}={text!r} is not a whole number") from None
             continue
-        value = read_setting(make, key, text, SCHEDULES | (spaces or {}), also=runner_words)
-        settings[key] = value if spaces and type(value) in _space_types() else checked(make, key, value)
+        value = read_setting(make, key, text, names, also=runner_words)
+        settings[key] = value if isinstance(value, kinds) else checked(make, key, value)
     return make, settings, runner
-
-
-def _space_types() -> tuple[type, ...]:
-    from cluster.space import Choice, Grid, LogUniform, Uniform
-
-    return (Choice, Grid, LogUniform, Uniform)
 
 
 def main() -> NoReturn:
@@ -183,6 +176,8 @@ def main() -> NoReturn:
         if "ray" in sys.modules:
             from cluster.runtime import stop_ray
 
+            for number in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not leave processes behind
+                signal.signal(number, signal.SIG_IGN)
             stop_ray()
     sys.exit(code)
 

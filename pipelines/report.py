@@ -19,22 +19,22 @@ Say = Callable[[str], None]
 
 def report_training(trained: "Trained", say: Say) -> None:
     """Accuracy, where things lie, a prediction by the logged model in a fresh process, and what to do next."""
-    from cluster import places
+    from cluster.places import places, shown
     from cluster.runtime import stop_ray
 
     model = trained.model_uri or str(trained.export)
     elsewhere = _predicting_in_a_fresh_process(model, trained.example)
     stop_ray()
     learn = trained.learn
-    last = learn.recorder.history[-1]
-    shown = [f"{k.removeprefix('valid/')} {v:.4f}" for k, v in last.items() if k.startswith("valid/") and k != "valid/loss"]
-    say(f"{', '.join(shown)} after {len(learn.recorder.history)} epochs; {trained.seconds:.0f} s in all")
-    say(f"run      {trained.run_id or 'not sent'}  in {places().tracking}")
+    last = learn.recorder.history[-1] if learn.recorder.history else {}
+    scores = [f"{k.removeprefix('valid/')} {v:.4f}" for k, v in last.items() if k.startswith("valid/") and k != "valid/loss"]
+    say(f"{', '.join(scores)} after {len(learn.recorder.history)} epochs; {trained.seconds:.0f} s in all")
+    say(f"run      {trained.run_id or 'not sent'}  in {shown(places().tracking)}")
     say(f"model    {trained.model_uri or 'not sent'}  exported to {trained.export}")
     assert learn.dls.prepared is not None
     say(f"data     {learn.dls.prepared.folder}")
     if trained.trouble:
-        say(f"records  not all sent to MLflow: {trained.trouble}. They are in {trained.folder / 'spool.jsonl'}")
+        say(f"records  not all sent to MLflow: {trained.trouble}. They are in {trained.folder}")
     say(f"loaded   in a fresh process: {_answer(elsewhere)}")
     say("next     fastray ui")
     say(f"         fastray predict {shlex.quote(model)} {shlex.quote(str(trained.example))}")
@@ -62,16 +62,16 @@ def report_predictions(predictor: "Predictor", files: Sequence[str], say: Say) -
         say(f"{file}  {found.label}  {found.probability:.4f}")
 
 
-def report_sweep(swept: "Swept", say: Say) -> None:
+def report_sweep(swept: "Swept", name: str, say: Say) -> None:
     """A table of the trials, best first, and where they are recorded."""
-    from cluster import places
+    from cluster.places import places, shown
 
     say(swept.table())
     best = swept.trials[0]
     say(f"best     {best.describe()}: {swept.metric} {best.score:.4f}; {swept.seconds:.0f} s in all")
-    say(f"run      {swept.run_id or 'not sent'}  in {places().tracking}, one child run a trial")
+    say(f"run      {swept.run_id or 'not sent'}  in {shown(places().tracking)}, one child run a trial")
     if swept.trouble:
-        say(f"records  not all sent to MLflow: {swept.trouble}. They are in {swept.folder / 'spool.jsonl'}")
+        say(f"records  not all sent to MLflow: {swept.trouble}. They are in {swept.folder}")
     say("next     fastray ui")
     words = " ".join(shlex.quote(f"{key}={value}") for key, value in best.words().items())
-    say(f"         fastray train {swept.recipe} {words}")
+    say(f"         fastray train {name} {words}")

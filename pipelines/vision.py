@@ -66,10 +66,10 @@ def digits(
 ) -> Recipe:
     """scikit-learn's handwritten digits: 1,797 pictures of ten classes.
 
-    arch: a classifier of torchvision. size: side of the pictures in pixels. seed: of the split, the order and the weights.
+    arch: a classifier of torchvision. size: side of the pictures in pixels. seed: of the order and the weights.
     """
     return Recipe(
-        block=_classes_in_folders(size, seed),
+        block=_classes_in_folders(size),
         source=digits_folder,
         learner=partial(image_classifier, arch=arch),
         lr=lr,
@@ -93,11 +93,11 @@ def folder(
 ) -> Recipe:
     """Your own pictures: a folder with one folder of image files a class.
 
-    path: that folder. arch: a classifier of torchvision. size: side of the pictures in pixels. seed: of the split, the
-    order and the weights. max_bad_rows: how many unreadable files may be left out.
+    path: that folder. arch: a classifier of torchvision. size: side of the pictures in pixels. seed: of the order
+    and the weights. max_bad_rows: how many unreadable files may be left out.
     """
     return Recipe(
-        block=_classes_in_folders(size, seed),
+        block=_classes_in_folders(size),
         source=partial(_given_folder, path),
         learner=partial(image_classifier, arch=arch),
         lr=lr,
@@ -114,12 +114,12 @@ def _given_folder(path: str) -> Path:
     return Path(path).expanduser()
 
 
-def _classes_in_folders(size: int, seed: int) -> DataBlock:
+def _classes_in_folders(size: int) -> DataBlock:
     return DataBlock(
         blocks=(ImageBlock(), CategoryBlock()),
         get_items=get_image_files,
         get_y=parent_label,
-        splitter=RandomSplitter(0.2, seed=seed),
+        splitter=RandomSplitter(0.2, seed=42),
         item_tfms=Resize(size),
         batch_tfms=Normalize.from_stats(*IMAGENET_STATS),
     )

@@ -37,7 +37,7 @@ class ScheduledRates(Callback):
             phase = learn.phase
             progress = (learn.epoch_in_phase + learn.iter / learn.n_iter) / phase.epochs
             momentum = None if phase.momentum is None else phase.momentum.at(progress)
-            set_rates(learn.opt, learn.lr * phase.lr.at(progress), phase.spread, momentum)
+            set_rates(learn.opt, learn.run_lr * phase.lr.at(progress), phase.spread, momentum)
 
 
 class Recorder(Callback):

@@ -1,8 +1,11 @@
 """Several ranks, by torch.distributed alone: who am I, sums over all ranks, gradients averaged over them."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -32,10 +35,14 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 def averaging(model: nn.Module) -> nn.Module:
     """`model` with its gradients averaged over the ranks in the backward pass; itself when this process trains alone.
 
+    Its BatchNorm layers take the statistics of the global batch, until `alone_again`.
     Made anew whenever what is frozen changes: it reduces the gradients of the parameters that train at this moment.
     """
     if not _together():
         return model
+    for module in model.modules():
+        if type(module) in _GLOBAL:
+            module.__class__ = _GLOBAL[type(module)]
     device = next(model.parameters()).device
     return DistributedDataParallel(
         model,
@@ -43,6 +50,75 @@ def averaging(model: nn.Module) -> nn.Module:
         gradient_as_bucket_view=True,
         forward_sync_buffers=False,  # `average_buffers` takes the ranks' statistics together, where this would keep one's
     )
+
+
+def alone_again(model: nn.Module) -> None:
+    """Undo what `averaging` changed in `model`: its normalisation layers are torch's own again."""
+    for module in model.modules():
+        if isinstance(module, _OverRanks):
+            module.__class__ = next(own for own, over in _GLOBAL.items() if over is type(module))
+
+
+class _OverRanks(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm with the statistics of the global batch. Torch's SyncBatchNorm does so on GPUs only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.track_running_stats:
+            return super().forward(x)
+        y, mean, var, count = _Normalised.apply(x, self.weight, self.bias, self.eps)
+        with torch.no_grad():
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked += 1
+            share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(var * (count / (count - 1).clamp(min=1)), share)
+        return y
+
+
+class _OverRanks1d(_OverRanks, nn.BatchNorm1d):
+    pass
+
+
+class _OverRanks2d(_OverRanks, nn.BatchNorm2d):
+    pass
+
+
+class _OverRanks3d(_OverRanks, nn.BatchNorm3d):
+    pass
+
+
+_GLOBAL: dict[type, type] = {nn.BatchNorm1d: _OverRanks1d, nn.BatchNorm2d: _OverRanks2d, nn.BatchNorm3d: _OverRanks3d}
+
+
+class _Normalised(torch.autograd.Function):
+    """Normalisation by the mean and variance over all ranks' rows, and its gradient: one collective each way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dims = [0, *range(2, x.ndim)]
+        rows = x.new_tensor([x.numel() / x.shape[1]])
+        sums = torch.cat([x.sum(dims), (x * x).sum(dims), rows])
+        dist.all_reduce(sums)
+        channels, count = x.shape[1], sums[-1]
+        mean = sums[:channels] / count
+        var = (sums[channels:-1] / count - mean * mean).clamp_(min=0)
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), count)
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var, count
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        x, weight, mean, inverse, count = ctx.saved_tensors
+        dims, shape = [0, *range(2, x.ndim)], (1, -1, *(1 for _ in range(x.ndim - 2)))
+        normalised = (x - mean.view(shape)) * inverse.view(shape)
+        d_bias, d_weight = dy.sum(dims), (dy * normalised).sum(dims)
+        sums = torch.cat([d_bias, d_weight])
+        dist.all_reduce(sums)
+        by_bias, by_weight = (sums / count).view(2, *shape[1:]).unsqueeze(1)
+        scale = inverse if weight is None else inverse * weight
+        dx = (dy - by_bias - normalised * by_weight) * scale.view(shape)
+        return dx, None if weight is None else d_weight, None if weight is None else d_bias, None
 
 
 def average_buffers(model: nn.Module) -> None:

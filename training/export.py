@@ -101,7 +101,10 @@ class Predictor:
         if not len(items):
             return []
         found = []
-        for row in self.probabilities(items):
+        rows = self.probabilities(items)
+        if rows.shape[1] != len(self.vocab):
+            raise UserError(f"the export names {len(self.vocab)} classes, but its model has {rows.shape[1]} outputs")
+        for row in rows:
             best = int(row.argmax())
             named = dict(zip(self.vocab, row.tolist(), strict=True))
             found.append(Prediction(self.vocab[best], float(row[best]), named))

@@ -7,7 +7,8 @@ The loop, with its events (`Callback` has them in order):
     batch         predict, loss; in training: backward, step
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -84,7 +85,9 @@ class Learner:
         self.callbacks: list[Callback] = []
         self._listeners: dict[str, list[Callable[[Learner], None]]] = {}
         self.schedule: Schedule = ()
+        self.run_lr = lr
         self.epoch = self.iter = 0
+        self.epochs_trained = 0  # over all fits: each epoch draws an order of its own
         self.training = False
         for callback in (BatchTransforms(), self.recorder, ScheduledRates(), Progress(), *callbacks):
             self.add_callback(callback)
@@ -139,9 +142,9 @@ class Learner:
         if not isinstance(phases, tuple) or not phases or not all(isinstance(p, Phase) for p in phases):
             raise TypeError(f"a schedule is a number of epochs or a tuple of Phases such as one_cycle(5), not {schedule!r}")
         self.schedule = phases
-        self.lr = self.lr if lr is None else lr
+        self.run_lr = self.lr if lr is None else lr
         if on is not None:
-            on.run(self, self.schedule, self.lr)
+            on.run(self, self.schedule, self.run_lr)
             return
         self.n_epoch = total_epochs(self.schedule)
         self.epoch = 0
@@ -153,6 +156,7 @@ class Learner:
             self("after_cancel_fit")
         finally:
             self._forward = self.model
+            distributed.alone_again(self.model)
             self("after_fit")
 
     def fit_one_cycle(self, epochs: int, lr_max: float | None = None, *, on: Runner | None = None) -> None:
@@ -201,11 +205,12 @@ class Learner:
             for self.epoch_in_phase in range(self.phase.epochs):
                 self._with_events(self._one_epoch, "epoch", CancelEpochException)
                 self.epoch += 1
+                self.epochs_trained += 1
 
     def _one_epoch(self) -> None:
         self.training, self.dl = True, self.dls.train
         if isinstance(self.dl, Feed):
-            self.dl.set_epoch(self.epoch)
+            self.dl.set_epoch(self.epochs_trained)
         self.model.train()
         self._with_events(self._all_batches, "train", CancelTrainException)
         self._validate()
@@ -324,8 +329,9 @@ class Learner:
             "model": self.model.state_dict(),
             "optimizer": None if self._opt is None else self._opt.state_dict(),
             "schedule": schedule_to_plain(self.schedule),
-            "position": {"epoch": self.epoch, "lr": self.lr},
-            "callbacks": {c.name: c.state_dict() for c in self.callbacks},
+            "position": {"epoch": self.epoch, "epochs_trained": self.epochs_trained, "lr": self.run_lr},
+            "trains": [name for name, p in self.model.named_parameters() if p.requires_grad],
+            "callbacks": {key: c.state_dict() for key, c in self._keyed_callbacks()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -337,9 +343,21 @@ class Learner:
             self._to_device()
             self.opt.load_state_dict(state["optimizer"])
         self.schedule = schedule_from_plain(state["schedule"])
-        self.epoch, self.lr = state["position"]["epoch"], state["position"]["lr"]
+        position = state["position"]
+        self.epoch, self.epochs_trained, self.run_lr = position["epoch"], position["epochs_trained"], position["lr"]
+        trains = set(state["trains"])
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in trains)
+        for key, callback in self._keyed_callbacks():
+            if key in state["callbacks"]:
+                callback.load_state_dict(state["callbacks"][key])
+
+    def _keyed_callbacks(self) -> Iterator[tuple[str, Callback]]:
+        # By name; the second of a class by name and number.
+        seen: Counter[str] = Counter()
         for callback in self.callbacks:
-            callback.load_state_dict(state["callbacks"].get(callback.name, {}))
+            seen[callback.name] += 1
+            yield callback.name + (f" {seen[callback.name]}" if seen[callback.name] > 1 else ""), callback
 
 
 def target_type(dls: DataLoaders) -> type[Tensor]:

@@ -61,15 +61,17 @@ def freeze_to(layers: Sequence[Sequence[nn.Parameter]], model: nn.Module, n: int
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, spread: float, momentum: float | None) -> None:
-    """The rate of each group, the first one's `lr / spread`, the last one's `lr`; momentum where the optimizer has one."""
+    """The rate of each group, from `lr / spread` to `lr`; momentum, None being the optimizer's own, where it has one."""
     last = max(g.get("layer_group", 0) for g in optimizer.param_groups)
     for group in optimizer.param_groups:
         below = 1 - group.get("layer_group", 0) / last if last else 0.0
         group["lr"] = lr / spread**below
-        if momentum is not None and "betas" in group:
-            group["betas"] = (momentum, *group["betas"][1:])
-        elif momentum is not None and group.get("momentum"):
-            group["momentum"] = momentum
+        if "betas" in group:
+            own = group.setdefault("own_momentum", group["betas"][0])
+            group["betas"] = (own if momentum is None else momentum, *group["betas"][1:])
+        elif group.get("momentum"):
+            own = group.setdefault("own_momentum", group["momentum"])
+            group["momentum"] = own if momentum is None else momentum
 
 
 def one_group(model: nn.Module) -> list[list[nn.Parameter]]:

@@ -58,6 +58,11 @@ class Recipe:
         """Epochs over all phases."""
         return total_epochs(self.schedule)
 
+    @property
+    def data_settings(self) -> dict[str, Any]:
+        """How the data is prepared and fed: the keyword arguments of `block.dataloaders` and `cluster.dataloaders`."""
+        return {"batch_size": self.batch_size, "seed": self.seed, "max_bad_rows": self.max_bad_rows}
+
     def located(self) -> Path:
         """Where the data is, once it is there."""
         return Path(self.source() if callable(self.source) else self.source)

@@ -17,10 +17,15 @@ def test_places_go_along_as_absolute_addresses(own_places: Path, tmp_path: Path)
 
 
 def test_a_local_place_goes_to_no_other_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(JobError, match="FASTRAY_CACHE is on this machine"):
+    with pytest.raises(JobError, match="MLFLOW_TRACKING_URI is on this machine"):
         _environment("http://192.0.2.77:8265")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example")
+    monkeypatch.delenv("FASTRAY_CACHE")
+    assert _environment("http://192.0.2.77:8265") == {"MLFLOW_TRACKING_URI": "http://mlflow.example"}
+    monkeypatch.setenv("FASTRAY_STORAGE", "/nfs/runs")
+    assert _environment("http://192.0.2.77:8265")["FASTRAY_STORAGE"] == "/nfs/runs"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@mlflow.example")
-    with pytest.raises(JobError, match="MLFLOW_TRACKING_URI carries a password") as caught:
+    with pytest.raises(JobError, match="MLFLOW_TRACKING_URI carries a password or token") as caught:
         _environment("http://127.0.0.1:8265")
     assert "secret" not in str(caught.value)
 

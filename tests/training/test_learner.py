@@ -186,11 +186,11 @@ def test_a_number_of_epochs_is_flat() -> None:
     assert rates.seen == [0.1] * 6
 
 
-def test_the_rate_given_to_fit_is_the_runs_rate_from_now_on() -> None:
+def test_the_rate_given_to_fit_is_that_of_one_run() -> None:
     learn = learner()
     learn.fit(1, lr=0.03)
-    assert learn.lr == 0.03
-    assert learn.recorder.history[0]["hp/lr"] == 0.03
+    learn.fit(1)
+    assert [values["hp/lr"] for values in learn.recorder.history] == [0.03, learn.lr]
 
 
 @pytest.mark.parametrize("short", [lambda learn: learn.fit_one_cycle(3, 0.2), lambda learn: learn.fine_tune(3, 0.2)])
@@ -272,7 +272,7 @@ def test_a_runner_is_given_the_schedule_instead() -> None:
     learn.fit(2, on=Elsewhere())
     learn.fit_one_cycle(3, 0.5, on=Elsewhere())
     learn.fine_tune(1, on=Elsewhere())
-    assert ran == [(learn, flat(2), 0.1), (learn, one_cycle(3), 0.5), (learn, fine_tune(1), 0.5)]
+    assert ran == [(learn, flat(2), 0.1), (learn, one_cycle(3), 0.5), (learn, fine_tune(1), 0.1)]
     assert_same(weights(learn), before)
 
 
@@ -503,7 +503,7 @@ def test_the_state_goes_through_a_file_into_a_fresh_learner() -> None:
     fresh.load_state_dict(saved_and_loaded(learn.state_dict()))
     assert fresh.validate() == learn.validate()
     assert fresh.recorder.history == learn.recorder.history
-    assert (fresh.schedule, fresh.epoch, fresh.lr) == (fine_tune(2), 3, 0.05)
+    assert (fresh.schedule, fresh.epoch, fresh.run_lr) == (fine_tune(2), 3, 0.05)
     assert [c.batches for c in fresh.callbacks if isinstance(c, Counts)] == [9]
 
 
