@@ -175,7 +175,7 @@ def _prepared_once(make: RecipeFunction, space: Mapping[str, Any], candidates: d
     for name in changing:
         if not isinstance(space[name], Choice):
             raise UserError(
-                f"{name} changes how the data is prepared, so it is a choice(...) or grid(...), not {space[name]!r}"
+                f"{name} changes how the data is prepared, so it is a choice(...) or grid(...), not {space_words(space[name])}"
             )
     found: dict[str, DataLoaders] = {}
     for values in itertools.product(*changing.values()):

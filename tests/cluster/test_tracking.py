@@ -123,3 +123,33 @@ def test_passwords_are_not_shown(own_places: Path) -> None:
     with Tracker(own_places / "spool.jsonl", uri, "tests") as tracker, pytest.raises(StoreError) as caught:
         tracker.opened()
     assert "secret" not in str(caught.value)
+
+
+def test_one_failed_request_loses_no_other_record(own_places: Path) -> None:
+    """A missing file is told; what comes after it is recorded, the end above all."""
+    spool = own_places / "spool.jsonl"
+    with Tracker(spool, places().tracking, "tests") as tracker:
+        start_run(spool, "r", "the run", {})
+        append(spool, "artifact", "r", path=str(own_places / "gone.png"), folder="pictures")
+        append_epoch(spool, "r", epoch(0, **{"train/loss": 2.0}))
+        append(spool, "end", "r", status="FINISHED")
+    assert tracker.trouble is not None
+    assert "gone.png" in tracker.trouble
+    run = MlflowClient(places().tracking).get_run(tracker.run_id("r"))
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["train/loss"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("sqlite:///mine.db", "sqlite:///{home}/mine.db"),
+        ("http://server:5000", "http://server:5000"),
+        ("./mlruns", "{home}/mlruns"),
+    ],
+)
+def test_the_store_has_an_absolute_address(
+    given: str, expected: str, own_places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    assert places().tracking == expected.format(home=own_places)
