@@ -56,7 +56,10 @@ def train_recipe(recipe: Recipe, workers: Workers, say: Say = print) -> Trained:
             record_data(spool, run, folder, dls)
             learn.add_callback(SpoolReport(str(spool), run))
             place = Workers(workers.number, workers.gpu, storage=str(folder))
-            say(f"train: {recipe.epochs} epochs " + (f"on {workers.number} workers" if workers.number else "in this process"))
+            say(
+                f"train: {recipe.epochs} epoch{'s' * (recipe.epochs != 1)} "
+                + (f"on {workers.number} workers" if workers.number else "in this process")
+            )
             learn.fit(recipe.schedule, recipe.lr, on=place)
             export = record_model(spool, run, folder, learn)
     return Trained(

@@ -169,6 +169,9 @@ def main() -> NoReturn:
     except UserError as mistake:
         click.echo(f"fastray: {mistake}", err=True)
         code = 2
+    except (PermissionError, FileNotFoundError, NotADirectoryError) as error:
+        click.echo(f"fastray: {error.filename!r} cannot be read or written: {error.strerror}", err=True)
+        code = 2
     except (KeyboardInterrupt, click.Abort):
         click.echo("fastray: stopped", err=True)
         code = 130

@@ -20,7 +20,7 @@ def find_recipe(name: str) -> RecipeFunction:
     if not colon:
         if name not in RECIPES:
             raise SettingError(
-                f"there is no recipe {name!r}{did_you_mean(name, RECIPES)}. A recipe of your own: module:function"
+                f"there is no recipe {name!r}{did_you_mean(name, RECIPES)} (a recipe of your own: module:function)"
             )
         module_name = RECIPES[name]
     elif str(Path.cwd()) not in sys.path:

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from pydantic import PositiveFloat
 
 from blocks import (
     IMAGENET_STATS,
@@ -58,7 +59,7 @@ def digits_folder() -> Path:
 def digits(
     *,
     arch: str = "resnet18",
-    lr: float = 3e-3,
+    lr: PositiveFloat = 3e-3,
     schedule: Schedule = one_cycle(5),
     batch_size: int = 64,
     size: int = 32,
@@ -84,7 +85,7 @@ def folder(
     *,
     path: str = "",
     arch: str = "resnet18",
-    lr: float = 3e-3,
+    lr: PositiveFloat = 3e-3,
     schedule: Schedule = one_cycle(5),
     batch_size: int = 64,
     size: int = 128,

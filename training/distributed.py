@@ -111,13 +111,16 @@ class _Normalised(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         x, weight, mean, inverse, count = ctx.saved_tensors
         dims, shape = [0, *range(2, x.ndim)], (1, -1, *(1 for _ in range(x.ndim - 2)))
-        normalised = (x - mean.view(shape)) * inverse.view(shape)
-        d_bias, d_weight = dy.sum(dims), (dy * normalised).sum(dims)
+        d_bias = dy.sum(dims)
+        d_weight = ((dy * x).sum(dims) - mean * d_bias) * inverse
         sums = torch.cat([d_bias, d_weight])
         dist.all_reduce(sums)
-        by_bias, by_weight = (sums / count).view(2, *shape[1:]).unsqueeze(1)
+        by_bias, by_weight = (sums / count).chunk(2)
         scale = inverse if weight is None else inverse * weight
-        dx = (dy - by_bias - normalised * by_weight) * scale.view(shape)
+        # (dy - by_bias - normalised * by_weight) * scale, with as few passes over the whole tensor as it takes.
+        of_x = -by_weight * inverse * scale
+        rest = -by_bias * scale - of_x * mean
+        dx = torch.addcmul(rest.view(shape), dy, scale.view(shape)).addcmul_(x, of_x.view(shape))
         return dx, None if weight is None else d_weight, None if weight is None else d_bias, None
 
 

@@ -109,7 +109,7 @@ def checked(make: RecipeFunction, name: str, value: Any) -> Any:
         reason = error.errors()[0]["msg"]
         raise SettingError(
             f"{name}={value!r} is not a value for this setting of {make.__name__}: {reason} "
-            f"(its default is {parameter.default!r})"
+            f"(its default is {as_words(parameter.default)})"
         ) from None
 
 

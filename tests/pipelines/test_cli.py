@@ -35,6 +35,7 @@ def broken_photos(few_digits: Path, tmp_path: Path) -> Path:
         (["train", "digits", "schedul=1"], "digits has no setting 'schedul': did you mean 'schedule'?"),
         (["train", "digits", "worker=1"], "digits has no setting 'worker': did you mean 'workers'?"),
         (["train", "digits", "lr=fast"], "lr='fast' is not a value for this setting of digits: Input should be a valid number"),
+        (["train", "digits", "lr=-1"], "lr=-1 is not a value for this setting of digits: Input should be greater than 0"),
         (["train", "digits", "lr"], "'lr' is not a setting: write key=value"),
         (["train", "digits", "lr=1", "lr=2"], "'lr' is set twice"),
         (["train", "digits", "workers=two"], "workers='two' is not a whole number"),
@@ -105,6 +106,15 @@ def test_a_store_that_cannot_be_written(
     assert run("train", "folder", "workers=0", "size=16", f"path={few_digits}", monkeypatch=monkeypatch) == 2
     errors = capsys.readouterr().err
     assert "MLflow's store sqlite:////proc/nowhere/mlflow.db cannot be written" in errors
+    assert len(errors.splitlines()) == 1
+
+
+def test_a_place_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FASTRAY_CACHE", "/proc/nowhere")
+    assert run("show", "digits", monkeypatch=monkeypatch) == 2
+    errors = capsys.readouterr().err
+    assert "'/proc/nowhere" in errors
+    assert "cannot be read or written" in errors
     assert len(errors.splitlines()) == 1
 
 
