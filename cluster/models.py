@@ -35,8 +35,8 @@ def _downloaded(uri: str) -> Path:
         data = Model.load(folder).flavors["python_function"]["data"]
     except (MlflowException, OSError, KeyError) as error:
         raise UserError(
-            f"there is no model {uri!r} in MLflow's store {shown(tracking)}: {str(error).rstrip('.')}. Its address is printed when training "
-            "ends; the store is that of the working folder, or MLFLOW_TRACKING_URI"
+            f"there is no model {uri!r} in MLflow's store {shown(tracking)}: {str(error).rstrip('.')}. Its address is printed "
+            "when training ends; the store is that of the working folder, or MLFLOW_TRACKING_URI"
         ) from error
     inside = Path(folder, data).resolve()
     if not inside.is_relative_to(Path(folder).resolve()):

@@ -49,3 +49,7 @@ def test_the_file_tree_is_the_real_one() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     real = {f for f in listed if f.startswith(("blocks/", "training/", "cluster/", "pipelines/")) and "__" not in f}
     assert {t for t in told if t.endswith(".py")} == real
+
+
+def test_no_placeholder_is_left() -> None:
+    assert not re.findall(r"^[A-Z]{4,}$", README, flags=re.M)
