@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import signal
 import threading
 from concurrent.futures import Future
 from typing import Any
@@ -33,6 +34,9 @@ def start_ray() -> None:
     start_ray_meanwhile()
     if _start is not None:
         _start.result()
+    if threading.current_thread() is threading.main_thread():
+        # Ray's core has put its own answer to SIGTERM, a stack and an abort, in the place of the process's.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
 
 def start_ray_meanwhile() -> None:
