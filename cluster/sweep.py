@@ -246,7 +246,7 @@ def _run_trials(
     from ray.tune.search import BasicVariantGenerator
 
     drawn_names = [name for name, given in space.items() if isinstance(given, Space)]
-    spool, parent = folder / "spool.jsonl", folder.name
+    spool, parent = folder / SPOOL, folder.name
 
     running: set[str] = set()
     configs: dict[str, dict[str, Any]] = {}  # a result has none when its process died before it could say

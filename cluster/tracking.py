@@ -57,12 +57,10 @@ class Store:
         return str(self.client.create_experiment(name, artifact_location=location))
 
     def send(self, record: dict[str, Any]) -> None:
-        """Carry out one record of the spool."""
+        """Carry out one record of the spool; epochs go together, by `send_metrics`."""
         match record["kind"]:
             case "start":
                 self._start(record)
-            case "metrics":
-                self.send_metrics(record["run"], [record])
             case "text":
                 self.client.log_text(self.runs[record["run"]], record["text"], record["file"])
             case "artifact":

@@ -56,6 +56,9 @@ class Workers:
                 f"batch_size={batch_size} is the global one and must give each of {self.number} workers two rows: at least "
                 f"{2 * self.number}"
             )
+        self._find_resources()
+
+    def _find_resources(self) -> None:
         start_ray()
         check_resources(CPU=self.number, **({"GPU": self.number} if self.gpu else {}))
 
@@ -64,8 +67,7 @@ class Workers:
         if self.number == 0:
             learn.fit(schedule, lr)
             return
-        start_ray()
-        check_resources(CPU=self.number, **({"GPU": self.number} if self.gpu else {}))
+        self._find_resources()
         with contextlib.ExitStack() as stack:
             folder = Path(self.storage or stack.enter_context(tempfile.TemporaryDirectory(prefix="fastray-")))
             folder.mkdir(parents=True, exist_ok=True)

@@ -33,12 +33,12 @@ def image_classifier(dls: DataLoaders, arch: str = "resnet18") -> Learner:
 
 def digits_folder() -> Path:
     """scikit-learn's 1,797 handwritten digits (8x8, 0..16) as PNG files in ten class folders, written once to the cache."""
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
     folder = cache_folder() / "digits"
     if folder.is_dir():
         return folder
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
     unfinished = folder.with_name(f".digits-{os.getpid()}")
     data = load_digits()
     for number, (pixels, label) in enumerate(zip(data.images, data.target, strict=True)):
