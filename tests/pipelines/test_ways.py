@@ -146,6 +146,7 @@ def cluster(tmp_path: Path) -> Iterator[str]:
     everything = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
     for process in everything:
         process.kill()
+    head.wait(timeout=20)  # first, and by its own object: reaped by another it would count as running for ever
     psutil.wait_procs(everything, timeout=20)
 
 
