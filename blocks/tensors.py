@@ -58,8 +58,44 @@ class TensorImageBW(TensorImage):
     """Pixels of one channel, (..., 1, height, width)."""
 
 
+class TensorMask(TensorBase):
+    """A class index a pixel, (..., height, width); uint8 when stored, int64 on the batch side."""
+
+
+class TensorPoint(TensorBase):
+    """Points (..., n, 2) as (x, y); float32, in pixels until scaled to -1..1 over the picture's width and height."""
+
+
+class TensorBBox(TensorPoint):
+    """Boxes (..., n, 4) as (left, top, right, bottom); float32, in pixels until scaled to -1..1 as points are."""
+
+
+class LabeledBBox(tuple[Any, ...]):
+    """The pair (TensorBBox, labels) of one picture, as decoded for showing."""
+
+
 class TensorCategory(TensorBase):
     """Indices into a vocabulary, int64, (...)."""
+
+
+class TensorMultiCategory(TensorBase):
+    """One number a class, 1 where the class applies, float32, (..., classes)."""
+
+
+class TensorNumber(TensorBase):
+    """Numbers to predict, float32, (...) for one a sample or (..., n)."""
+
+
+class TensorText(TensorBase):
+    """Token ids of a text, int64, (..., length)."""
+
+
+class TensorSeries(TensorBase):
+    """Values over time, float32, (..., channels, steps)."""
+
+
+class TensorTabular(TensorBase):
+    """The columns of a table's rows of one kind: int64 codes of categories or float32 numbers, (..., columns)."""
 
 
 def as_plain(x: Any) -> Any:
