@@ -5,13 +5,15 @@ Transforms, `show_batch` and `decode` choose what to do by these types; the mode
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 
 class TensorBase(torch.Tensor):
     """A tensor whose class says what it means; results of operations on it keep the class of its first typed argument."""
+
+    ragged: ClassVar[bool] = False  # stored as rows of different lengths, even where some happen to be alike
 
     @classmethod
     def __torch_function__(
@@ -65,6 +67,8 @@ class TensorMask(TensorBase):
 class TensorPoint(TensorBase):
     """Points (..., n, 2) as (x, y); float32, in pixels until scaled to -1..1 over the picture's width and height."""
 
+    ragged: ClassVar[bool] = True
+
 
 class TensorBBox(TensorPoint):
     """Boxes (..., n, 4) as (left, top, right, bottom); float32, in pixels until scaled to -1..1 as points are."""
@@ -88,6 +92,8 @@ class TensorNumber(TensorBase):
 
 class TensorText(TensorBase):
     """Token ids of a text, int64, (..., length)."""
+
+    ragged: ClassVar[bool] = True
 
 
 class TensorSeries(TensorBase):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from blocks import TensorBase, TensorCategory, TensorImage, TensorImageBW
+from blocks import TensorBase, TensorBBox, TensorCategory, TensorImage, TensorImageBW, TensorPoint, TensorText
 from blocks.tensors import as_plain, tensor_type
 
 
@@ -86,3 +86,8 @@ def test_a_type_is_found_by_its_name(kind: type[torch.Tensor]) -> None:
 def test_unknown_type_name(name: str) -> None:
     with pytest.raises(ValueError, match="unknown tensor type"):
         tensor_type(name)
+
+
+def test_which_types_are_stored_with_their_lengths() -> None:
+    assert all(kind.ragged for kind in (TensorPoint, TensorBBox, TensorText))
+    assert not any(kind.ragged for kind in (TensorBase, TensorImage, TensorCategory))
