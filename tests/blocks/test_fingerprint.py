@@ -350,6 +350,8 @@ def test_changed_files_named_by_text_change_the_fingerprint(folder: Path) -> Non
     assert plan().fingerprint != before
 
 
+ROOT = Path(__file__).parents[2]
+
 SCRIPT = """
 import sys
 from dataclasses import dataclass
@@ -388,7 +390,8 @@ def test_a_fresh_process_finds_the_same_fingerprint(folder: Path, tmp_path: Path
     (tmp_path / "users_own.py").write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, "-c", "import sys, users_own; users_own.show(sys.argv[1])", folder],
-        env=os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": str(tmp_path)},
+        # Of this checkout, wherever the installation points.
+        env=os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
         capture_output=True,
         text=True,
         check=True,
