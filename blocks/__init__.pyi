@@ -27,8 +27,11 @@ from .tensors import TensorPoint as TensorPoint
 from .tensors import TensorSeries as TensorSeries
 from .tensors import TensorTabular as TensorTabular
 from .tensors import TensorText as TensorText
+from .transform import ItemTransform as ItemTransform
 from .transform import Pipeline as Pipeline
+from .transform import RandTransform as RandTransform
 from .transform import Transform as Transform
+from .transform import dispatch as dispatch
 from .vision import IMAGENET_STATS as IMAGENET_STATS
 from .vision import ImageBlock as ImageBlock
 from .vision import IntToFloatTensor as IntToFloatTensor

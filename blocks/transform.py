@@ -1,19 +1,32 @@
 """`Transform` and `Pipeline`: fastai's low level, with methods chosen by the type of the argument.
 
 A transform is a dataclass: its fields are its configuration and what it learned from the data. So it prints, compares,
-gets a fingerprint, and becomes plain data for an export and back without any code travelling along.
+gets a fingerprint, and becomes plain data for an export and back without any code travelling along. That is why fastai's
+DisplayedTransform has no counterpart (each one displays its fields), nor has InplaceTransform: a batch is a copy, so any
+`encodes` may change its argument and return it.
 """
 
 import dataclasses
+import inspect
+import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, Protocol, Self
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 import plum
 import torch
 
 from blocks.house import HOUSE
 
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
 _REGISTRY: dict[str, type["Transform"]] = {}
+
+# Several methods under one name, chosen by the types of their arguments. A dispatcher of our own: plum's common one knows
+# functions by their name alone, so that another library's `show_batch` would meet ours.
+dispatch = plum.Dispatcher()
 
 
 class Summary(Protocol):
@@ -29,13 +42,30 @@ class Summary(Protocol):
     def from_plain(cls, plain: dict[str, Any]) -> Self: ...
 
 
+@runtime_checkable
+class ColumnSummary(Protocol):
+    """The vectorised face of a Summary: the same as `observe` of each value, for a whole Arrow column."""
+
+    def observe_column(self, values: "pa.Array", row_ids: "pa.Array") -> None: ...
+
+
+@runtime_checkable
+class ColumnTransform(Protocol):
+    """The vectorised face of a Transform: the same as `encodes` of each value, for a whole Arrow column.
+
+    Gives an array with a row for each value; `blocks.testing` holds the two faces equal.
+    """
+
+    def encodes_column(self, values: "pa.Array") -> "pa.Array | np.ndarray": ...
+
+
 @dataclasses.dataclass
 class Transform:
     """A step that `encodes` a value, and `decodes` it back to something that can be shown.
 
     Both are chosen by the annotated type of their argument; a value of another type passes through unchanged. Write one
     `encodes`, or several under `@dispatch`. On a tuple the transform acts on each element. Lower `order` runs first;
-    `split_idx = 0` means: on training data only.
+    `split_idx = 0` means: on training data only. It may have a second face for whole columns, `ColumnTransform`.
     """
 
     order: ClassVar[int] = 0
@@ -44,16 +74,23 @@ class Transform:
 
     def __init_subclass__(cls, registered: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "name" in inspect.get_annotations(cls):
+            raise TypeError(f"{cls.__name__}: a field cannot be called 'name', which names the transform in plain data")
         for name in ("encodes", "decodes"):
             setattr(cls, name, _dispatched(cls, name))
         if registered:
             _REGISTRY[registered_name(cls)] = cls
 
-    def encodes(self, x: Any) -> Any:
-        return x
+    if TYPE_CHECKING:  # so that mypy takes any signature in a subclass: one type of argument, or what was drawn as well
+        encodes: ClassVar[Callable[..., Any]]
+        decodes: ClassVar[Callable[..., Any]]
+    else:
 
-    def decodes(self, x: Any) -> Any:
-        return x
+        def encodes(self, x: Any) -> Any:
+            return x
+
+        def decodes(self, x: Any) -> Any:
+            return x
 
     def setups(self, train: Any, valid: Any) -> set[str]:
         """Set the fitted fields from the summaries of the two parts; called once, and only where `summary` is given.
@@ -67,20 +104,53 @@ class Transform:
         """Whether nothing is left to learn from the data."""
         return True
 
+    def compose_with(self, other: "Transform") -> "Transform | None":
+        """One transform that does this and then `other`, which follows it in a Pipeline; None where there is none."""
+        return None
+
     def __call__(self, x: Any) -> Any:
-        if type(x) is tuple:
-            return tuple(self(e) for e in x)
-        return retain_type(self.encodes(x), x)
+        return _each(self.encodes, x)
 
     def decode(self, x: Any) -> Any:
-        if type(x) is tuple:
-            return tuple(self.decode(e) for e in x)
-        return retain_type(self.decodes(x), x)
+        return _each(self.decodes, x)
 
     def to_plain(self) -> dict[str, Any]:
-        """This transform as plain data: its registered name and its fields."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        """This transform as plain data: its registered name and its fields. ValueError when a field holds code."""
+        fields = {f.name: _plain(getattr(self, f.name), self, f.name) for f in dataclasses.fields(self)}
         return {"name": registered_name(type(self)), **fields}
+
+
+def _each(f: Callable[..., Any], x: Any, *arguments: Any) -> Any:
+    if type(x) is tuple:
+        return tuple(_each(f, e, *arguments) for e in x)
+    return retain_type(f(x, *arguments), x)
+
+
+def _plain(value: Any, owner: Transform, field: str) -> Any:
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case Transform():
+            return value.to_plain()
+        case tuple():
+            return tuple(_plain(v, owner, field) for v in value)
+        case dict() if "name" not in value and all(isinstance(k, str) for k in value):
+            return {k: _plain(v, owner, field) for k, v in value.items()}
+    raise ValueError(
+        f"{type(owner).__name__}.{field} holds {value!r:.80} ({type(value).__name__}), which is not plain data: a field is a "
+        "number, a text, None, a transform, a tuple of these, or a dict of them by texts other than 'name'"
+    )
+
+
+def _from_plain(value: Any) -> Any:
+    match value:
+        case list() | tuple():
+            return tuple(_from_plain(v) for v in value)
+        case {"name": _}:
+            return transform_from_plain(value)
+        case dict():
+            return {k: _from_plain(v) for k, v in value.items()}
+    return value
 
 
 def transform_from_plain(plain: dict[str, Any]) -> Transform:
@@ -93,7 +163,7 @@ def transform_from_plain(plain: dict[str, Any]) -> Transform:
     allowed = {f.name for f in dataclasses.fields(cls)}
     if set(fields) != allowed:
         raise ValueError(f"{name} has the fields {sorted(allowed)}, but the file gives {sorted(fields)}")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    return cls(**{k: _from_plain(v) for k, v in fields.items()})
 
 
 def registered_name(thing: Any) -> str:
@@ -117,7 +187,8 @@ def _dispatched(cls: type[Transform], name: str) -> plum.Function:
         methods.update((m.signature, m.implementation) for m in found.methods)
     own = cls.__dict__.get(name)
     if isinstance(own, plum.Function):  # what @dispatch collected is ours now: a class of the same name starts afresh
-        plum.dispatch.classes.pop(f"{cls.__module__}.{cls.__qualname__}", None)
+        for dispatcher in (dispatch, plum.dispatch):
+            dispatcher.classes.pop(f"{cls.__module__}.{cls.__qualname__}", None)
     combined = plum.Function(next(reversed(methods.values())))
     for signature, method in methods.items():
         combined.register(method, signature)
@@ -137,16 +208,81 @@ def retain_type(new: Any, old: Any) -> Any:
 
 
 @dataclasses.dataclass
+class ItemTransform(Transform, registered=False):
+    """A transform of a whole sample at once: `encodes` and `decodes` take the tuple, and return one of the same length.
+
+    For what one element must know of another. A value that is no tuple, as in prediction, is given as it is.
+    """
+
+    def __call__(self, x: Any) -> Any:
+        return _whole(self.encodes, x)
+
+    def decode(self, x: Any) -> Any:
+        return _whole(self.decodes, x)
+
+
+def _whole(f: Callable[[Any], Any], x: Any) -> Any:
+    new = f(x)
+    if type(x) is tuple and type(new) is tuple and len(new) == len(x):
+        return tuple(map(retain_type, new, x))
+    return retain_type(new, x)
+
+
+@dataclasses.dataclass
+class RandTransform(Transform, registered=False):
+    """A random transform of training data. What is random about it is drawn once a sample, by the sample's key.
+
+    `draw` makes the parameters for some samples from their keys (`blocks.draws`), the decision by the probability `p` among
+    them, and is pure: the same keys give the same parameters, on any device, alone or in a batch. `encodes(x, drawn)` is
+    chosen by the type of x and uses them; the elements of a tuple (picture, mask, points, boxes) all get the same ones,
+    so they move together. On the item side there is one key, on the batch side one a row.
+    """
+
+    p: float = dataclasses.field(default=1.0, kw_only=True)
+
+    split_idx: ClassVar[int | None] = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p <= 1:
+            raise ValueError(f"{type(self).__name__}: p is a probability from 0 to 1, not {self.p!r}")
+
+    def draw(self, x: Any, keys: torch.Tensor) -> Any:
+        """The parameters for the samples whose `keys`, int64 (rows,), are given; x: the value or tuple they are for."""
+        raise NotImplementedError(f"{type(self).__name__} must say what it draws: def draw(self, x, keys)")
+
+    def encodes(self, x: Any, drawn: Any) -> Any:
+        return x
+
+    def __call__(self, x: Any, keys: torch.Tensor | None = None) -> Any:
+        if keys is None:
+            raise ValueError(
+                f"{type(self).__name__} draws by the keys of the samples, and none are given: call it as t(x, keys=keys), a "
+                "Pipeline as pipeline(x, split_idx=0, keys=batch.keys) (blocks.draws.sample_keys makes keys)"
+            )
+        return _each(self.encodes, x, self.draw(x, keys))
+
+
+@dataclasses.dataclass
 class FunctionTransform(Transform, registered=False):
-    """A plain function used as a transform. It has no registered name, so it can run but not be exported."""
+    """A plain function used as a transform, of values of the type its first parameter is annotated with, if it is.
+
+    It has no registered name, so it can run but not be exported.
+    """
 
     function: Callable[[Any], Any]
 
-    def __call__(self, x: Any) -> Any:
-        return self.function(x)
+    def encodes(self, x: Any) -> Any:
+        return self.function(x) if isinstance(x, self._takes) else x
 
-    def decode(self, x: Any) -> Any:
-        return x
+    @cached_property
+    def _takes(self) -> Any:
+        try:
+            first = next(iter(inspect.signature(self.function).parameters))
+            takes = typing.get_type_hints(self.function).get(first, object)
+            isinstance(None, takes)
+        except (TypeError, ValueError, StopIteration, NameError):  # a builtin, or a hint that is no class or union of some
+            return object
+        return takes
 
     def to_plain(self) -> dict[str, Any]:
         raise ValueError(
@@ -181,18 +317,29 @@ def _flat(transforms: Any) -> Iterator[Transform]:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """Transforms in order of their `order`; decodes run in reverse."""
+    """Transforms in order of their `order`, neighbours composed where they can be; decodes run in reverse."""
 
     transforms: tuple[Transform, ...] = ()
 
     @classmethod
     def of(cls, transforms: "TransformLike | Pipeline | Iterable[TransformLike | Pipeline] | None") -> "Pipeline":
-        return cls(tuple(sorted(_flat(transforms), key=lambda t: t.order)))
+        composed: list[Transform] = []
+        for t in sorted(_flat(transforms), key=lambda t: t.order):
+            both = composed[-1].compose_with(t) if composed else None
+            if both is None:
+                composed.append(t)
+            else:
+                composed[-1] = both
+        return cls(tuple(composed))
 
-    def __call__(self, x: Any, split_idx: int | None = None) -> Any:
+    def __call__(self, x: Any, split_idx: int | None = None, keys: torch.Tensor | None = None) -> Any:
+        """`x` through all transforms; through those of one part only where `split_idx` names it (0: training).
+
+        keys: int64 (rows,), by which random transforms draw; ValueError when one has to and there are none.
+        """
         for t in self.transforms:
             if t.split_idx is None or t.split_idx == split_idx:
-                x = t(x)
+                x = t(x, keys=keys) if isinstance(t, RandTransform) else t(x)
         return x
 
     def decode(self, x: Any) -> Any:

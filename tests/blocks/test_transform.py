@@ -2,27 +2,31 @@
 
 import json
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from plum import dispatch
 
 from blocks import (
     Categorize,
     IntToFloatTensor,
+    ItemTransform,
     Normalize,
     OpenImage,
     Pipeline,
+    RandTransform,
     Resize,
     TensorBase,
     TensorCategory,
     TensorImage,
     TensorImageBW,
+    TensorMask,
     ToTensor,
     Transform,
+    dispatch,
 )
+from blocks.fingerprint import fingerprint
 from blocks.transform import _REGISTRY, FunctionTransform, as_transform, transform_from_plain
 
 
@@ -355,3 +359,167 @@ def test_a_function_cannot_be_exported() -> None:
 def test_plain_data_makes_no_function() -> None:
     with pytest.raises(ValueError, match="unknown transform"):
         transform_from_plain({"name": "FunctionTransform", "function": "print"})
+
+
+# --- random transforms -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Shift(RandTransform):
+    """Adds what is drawn by each sample's key, to pictures; to masks, ten times that."""
+
+    size: int = 3
+
+    def draw(self, x: Any, keys: torch.Tensor) -> torch.Tensor:
+        return keys % self.size
+
+    @dispatch
+    def encodes(self, x: TensorImage, drawn: Any) -> torch.Tensor:
+        return x + drawn.view(-1, 1, 1, 1)
+
+    @dispatch  # type: ignore[no-redef]
+    def encodes(self, x: TensorMask, drawn: Any) -> torch.Tensor:  # noqa: F811
+        return x + 10 * drawn.view(-1, 1, 1)
+
+
+KEYS = torch.tensor([7, 2, 3])
+PICTURES = torch.zeros(3, 1, 2, 2).as_subclass(TensorImage)
+MASKS = torch.zeros(3, 2, 2).as_subclass(TensorMask)
+
+
+def test_the_elements_of_a_sample_get_what_was_drawn_once() -> None:
+    picture, mask, label = Shift()((PICTURES, MASKS, "cat"), keys=KEYS)
+    assert picture[:, 0, 0, 0].tolist() == [1, 2, 0]
+    assert mask[:, 0, 0].tolist() == [10, 20, 0]
+    assert label == "cat"
+    assert (type(picture), type(mask)) == (TensorImage, TensorMask)
+
+
+def test_a_sample_alone_is_as_in_a_batch() -> None:
+    together = Shift()(PICTURES, keys=KEYS)
+    alone = [Shift()(PICTURES[i : i + 1], keys=KEYS[i : i + 1]) for i in range(3)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_a_random_transform_runs_on_training_data_and_needs_keys_there() -> None:
+    pipeline = Pipeline.of([Shift(), lambda x: x * 2])
+    assert pipeline(PICTURES, split_idx=0, keys=KEYS).max() == 4
+    assert pipeline(PICTURES, split_idx=1).max() == pipeline(PICTURES).max() == 0
+    with pytest.raises(ValueError, match="Shift draws by the keys of the samples"):
+        pipeline(PICTURES, split_idx=0)
+
+
+def test_a_random_transform_is_plain_data_too() -> None:
+    assert Shift(5, p=0.5).to_plain() == {"name": f"{__name__}:Shift", "p": 0.5, "size": 5}
+    assert transform_from_plain(Shift(5, p=0.5).to_plain()) == Shift(5, p=0.5)
+    with pytest.raises(ValueError, match=r"probability from 0 to 1, not 1\.5"):
+        Shift(p=1.5)
+
+
+# --- whole samples -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Swap(ItemTransform):
+    """Exchanges the two elements of a sample."""
+
+    def encodes(self, x: tuple[Any, ...]) -> tuple[Any, ...]:
+        return x[::-1]
+
+    def decodes(self, x: tuple[Any, ...]) -> tuple[Any, ...]:
+        return x[::-1]
+
+
+def test_an_item_transform_sees_the_whole_sample() -> None:
+    assert Swap()((1, "a")) == ("a", 1)
+    assert Swap().decode(("a", 1)) == (1, "a")
+    assert Swap()(3) == 3
+    assert Pipeline.of([Swap(), Add(1)])((1, "a")) == ("a", 2)
+
+
+def test_an_item_transform_keeps_types_element_by_element() -> None:
+    @dataclass
+    class Halves(ItemTransform):
+        def encodes(self, x: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(e.as_subclass(torch.Tensor) / 2 for e in x)
+
+    assert [type(e) for e in Halves()((PICTURES, MASKS))] == [TensorImage, TensorMask]
+
+
+# --- neighbours that compose -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Plus(Transform):
+    """Adds; two in a row are one."""
+
+    n: int = 1
+
+    def encodes(self, x: int) -> int:
+        return x + self.n
+
+    def compose_with(self, other: Transform) -> Transform | None:
+        return Plus(self.n + other.n) if isinstance(other, Plus) else None
+
+
+def test_neighbours_are_composed() -> None:
+    assert Pipeline.of([Plus(1), Plus(2), str.upper, Plus(3), Plus(4)]).transforms == (
+        Plus(3),
+        *Pipeline.of(str.upper).transforms,
+        Plus(7),
+    )
+    assert (Pipeline.of(Plus(1)) + Pipeline.of([Double(), Plus(2)])).transforms == (Plus(3), Double())
+
+
+# --- functions ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_function_acts_on_the_type_it_is_annotated_with() -> None:
+    def longer(text: str) -> str:
+        return text + "!"
+
+    def either(x: int | str | None) -> str:
+        return f"<{x}>"
+
+    def every(x: list[int]) -> Any:
+        return x
+
+    assert Pipeline.of(longer)(("a", 1, ("b",))) == ("a!", 1, ("b!",))
+    assert Pipeline.of(either)((1, "a", 2.5)) == ("<1>", "<a>", 2.5)
+    assert Pipeline.of(every)(3) == 3
+    assert Pipeline.of(lambda x: x * 2)((1, "a")) == (2, "aa")
+    assert Pipeline.of(len)(("abc",)) == (3,)
+
+
+# --- plain data --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Several(Transform):
+    """Holds other transforms, as a composition does."""
+
+    parts: tuple[Transform, ...] = ()
+    best: Transform | None = None
+    sizes: tuple[tuple[int, ...], ...] = ()
+    named: dict[str, Any] = field(default_factory=dict)
+
+
+def test_nested_transforms_and_tuples_are_plain_data_and_back() -> None:
+    several = Several((Add(1), Several((Double(),))), Add(2), ((1, 2), ()), {"a": (1, None)})
+    plain = json.loads(json.dumps(several.to_plain()))
+    assert transform_from_plain(plain) == several
+    assert fingerprint(transform_from_plain(plain)) == fingerprint(several) != fingerprint(Several())
+
+
+@pytest.mark.parametrize("value", [len, torch.ones(1), [1], {1: 2}, {"name": "Add"}, (1, {2})])
+def test_what_is_not_plain_data_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"Several\.best holds .*, which is not plain data"):
+        Several(best=value).to_plain()
+
+
+def test_no_field_may_be_called_name() -> None:
+    with pytest.raises(TypeError, match="cannot be called 'name'"):
+
+        @dataclass
+        class Person(Transform):
+            name: str
