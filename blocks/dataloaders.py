@@ -86,6 +86,7 @@ def dataloaders_of(plan: Plan, prepared: Prepared, *, batch_size: int, seed: int
         train=Feed(prepared, TRAIN, batch_size, shuffle=True, seed=seed),
         valid=Feed(prepared, VALID, batch_size, shuffle=False),
         batch_tfms=plan.batch_tfms,
+        n_inp=prepared.encode.n_input_columns,
         encode=prepared.encode,
         prepared=prepared,
         plan_text=plan.explain(prepared),

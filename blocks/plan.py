@@ -9,7 +9,7 @@ import os
 import pickle
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, assert_never
@@ -59,10 +59,40 @@ class Column:
 
 @dataclass(frozen=True)
 class Encode:
-    """Make each item a row of typed values."""
+    """Make each item a row of typed values: `item_tfms` once, `each_epoch` whenever a row is drawn.
 
-    columns: tuple[Column, ...]
+    A block's value is one stored column, called as the block is; a tuple is several, called `x.0`, `x.1`, ...
+    """
+
+    columns: tuple[Column, ...]  # one a block, inputs first
     item_tfms: Pipeline
+    each_epoch: Pipeline = field(default_factory=Pipeline)  # the item transforms from the first random one on
+    n_inp: int = 1  # how many of the blocks are inputs
+    layout: tuple[str, ...] = ()  # the names of the stored columns, known once something is encoded
+
+    @property
+    def n_input_columns(self) -> int:
+        """How many of the stored columns are inputs."""
+        inputs = {c.name for c in self.columns[: self.n_inp]}
+        return sum(name.partition(".")[0] in inputs for name in self.layout) or self.n_inp
+
+    def flat(self, values: Sequence[Any]) -> dict[str, Any]:
+        """The values of the blocks as those of the stored columns, by name."""
+        flat: dict[str, Any] = {}
+        for column, value in zip(self.columns, values, strict=True):
+            if isinstance(value, tuple):
+                flat.update({f"{column.name}.{i}": part for i, part in enumerate(value)})
+            else:
+                flat[column.name] = value
+        return flat
+
+    def nested(self, flat: Sequence[Any]) -> tuple[Any, ...]:
+        """The values of the blocks from those of the stored columns: the parts of a tuple are a tuple again."""
+        by_block: dict[str, Any] = {}
+        for name, value in zip(self.layout or [c.name for c in self.columns], flat, strict=True):
+            block, dot, _ = name.partition(".")
+            by_block[block] = (*by_block.get(block, ()), value) if dot else value
+        return tuple(by_block.values())
 
 
 @dataclass(frozen=True)
@@ -100,14 +130,14 @@ class Plan:
         by_name = {c.name: c for c in self.columns}
         return [(by_name[s.column], s.position) for s in self.stages if isinstance(s, Fit)]
 
-    def encode_with(self, fitted: Sequence[dict[str, Any]]) -> Encode:
+    def encode_with(self, fitted: Sequence[dict[str, Any]], layout: Sequence[str] = ()) -> Encode:
         """The encoding stage with the fitted transforms, given as plain data by column and position, in their places."""
         encode: Encode = self.stage(Encode)
         tfms = {c.name: list(c.type_tfms.transforms) for c in encode.columns}
         for fit in fitted:
             tfms[fit["column"]][fit["position"]] = transform_from_plain(fit["transform"])
         columns = tuple(replace(c, type_tfms=Pipeline(tuple(tfms[c.name]))) for c in encode.columns)
-        return replace(encode, columns=columns)
+        return replace(encode, columns=columns, layout=tuple(layout))
 
     @cached_property
     def _identity(self) -> tuple[str, str | None]:
@@ -159,19 +189,21 @@ class Plan:
                     tfm = next(c for c in self.columns if c.name == column).type_tfms.transforms[position]
                     state = f" = {_state(fitted[column].transforms[position])}" if column in fitted else ""
                     yield "fit", "once", f"{column}: {type(tfm).__name__} on the training part, one pass{state}"
-                case Encode(columns, item_tfms):
+                case Encode(columns, item_tfms, each_epoch):
                     for c in columns:
                         yield "encode", "once", f"{c.name}: {_name(c.getter)} -> {c.type_tfms}"
                     yield "encode", "once", f"sample: {item_tfms}"
                     if prepared is not None:
                         yield "store", "once", prepared.described()
+                    if each_epoch.transforms:
+                        yield "sample", "each epoch", f"{each_epoch}, drawn anew by (seed, epoch, row)"
                 case BatchSide(batch_tfms):
                     yield "batch", "each batch", f"{batch_tfms}, on the model's device"
                 case _:
                     assert_never(stage)
 
 
-def listing_of(items: Sequence[Any], root: Path) -> pa.Table:
+def listing_of(items: Sequence[Any], root: Path | None) -> pa.Table:
     """One row an item: its id (a path relative to the source's root, else its position), itself, size and mtime."""
     paths = all(isinstance(item, Path) for item in items)
     stats = [_stat(item) for item in items]
@@ -203,8 +235,8 @@ def items_in(rows: pa.Table) -> list[Any]:
     return [pickle.loads(item) for item in items]  # noqa: S301  the driver's own, of this run
 
 
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+def _relative(path: Path, root: Path | None) -> str:
+    return path.relative_to(root).as_posix() if root and path.is_relative_to(root) else path.as_posix()
 
 
 def _name(f: Any) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from blocks.errors import DataError, UnreadableRow
 from blocks.plan import Column, Encode, Plan, Read, items_in
@@ -57,7 +58,7 @@ class Prepared:
     @classmethod
     def open(cls, folder: Path, plan: Plan, reused: bool) -> "Prepared":
         index = json.loads((folder / "index.json").read_text())
-        return cls(folder, index, plan.encode_with(index["fitted"]), reused)
+        return cls(folder, index, plan.encode_with(index["fitted"], index["columns"]), reused)
 
     @property
     def fingerprint(self) -> str:
@@ -126,12 +127,13 @@ def _carry_out(plan: Plan, folder: Path, map_blocks: MapBlocks, max_bad_rows: in
                 f"the {name} part is empty once {len(bad_rows)} unreadable rows and those of classes with one item are taken "
                 "out of it: give another seed or fraction, or more rows"
             )
-    kinds = {report.pop("columns"): report["file"] for report in shards}
+    kinds = {report.pop("columns"): report.pop("names") for report in shards}
     if len(kinds) > 1:
         first, other = list(kinds)[:2]
         raise DataError(f"some files end up as {first}, others as {other}: {SAME_SIZE}")
     index = {
         "source": plan.stage(Read).source,
+        "columns": json.loads(next(iter(kinds.values()))),
         "shards": shards,
         "fitted": fitted,
         "parts": parts,
@@ -213,14 +215,23 @@ def _moved_to_training(listing: pa.Table, row_ids: set[str]) -> pa.Table:
 # --- encoding ----------------------------------------------------------------------------------------------------------
 
 
-def encode_sample(encode: Encode, row_id: str, item: Any) -> tuple[Any, ...]:
-    """One item as the typed values of its columns."""
+def encode_sample(encode: Encode, row_id: str, item: Any, part: int = VALID) -> tuple[Any, ...]:
+    """One item of a part as the values of its blocks: what is stored of it."""
     values = []
     for column in encode.columns:
         with _naming(row_id, column.name):
             values.append(column.type_tfms(column.getter(item)))
     with _naming(row_id, "item_tfms"):
-        return encode.item_tfms(tuple(values))
+        return encode.item_tfms(tuple(values), split_idx=part)
+
+
+def finish_sample(encode: Encode, values: Sequence[Any], key: torch.Tensor, split_idx: int) -> tuple[Any, ...]:
+    """What the item transforms of each epoch make of the stored values of one row, as the columns of a batch.
+
+    key: int64 (1,), what the row draws its random numbers by (`blocks.draws`).
+    """
+    finished = encode.each_epoch(encode.nested(values), split_idx=split_idx, keys=key)
+    return tuple(encode.flat(finished).values())
 
 
 def encode_rows(encode: Encode, rows: pa.Table) -> tuple[pa.Table | None, list[dict[str, str]]]:
@@ -228,7 +239,7 @@ def encode_rows(encode: Encode, rows: pa.Table) -> tuple[pa.Table | None, list[d
     samples, ids, parts, bad = [], [], [], []
     for row_id, part, item in zip(rows["id"].to_pylist(), rows["part"].to_pylist(), items_in(rows), strict=True):
         try:
-            samples.append(encode_sample(encode, row_id, item))
+            samples.append(encode.flat(encode_sample(encode, row_id, item, part)))
         except UnreadableRow as unreadable:
             bad.append({"id": row_id, "reason": str(unreadable)})
         else:
@@ -236,9 +247,13 @@ def encode_rows(encode: Encode, rows: pa.Table) -> tuple[pa.Table | None, list[d
             parts.append(part)
     if not samples:
         return None, bad
-    typed = [
-        typed_column(column.name, values) for column, values in zip(encode.columns, zip(*samples, strict=True), strict=True)
-    ]
+    names = samples[0].keys()
+    odd = next((i for i, s in zip(ids, samples, strict=True) if s.keys() != names), None)
+    if odd is not None:
+        raise DataError(
+            f"the row {odd!r} becomes other columns than {ids[0]!r}: a block must give each row as many values"
+        )
+    typed = [typed_column(name, [s[name] for s in samples]) for name in names]
     fields = [pa.field("id", pa.string()), pa.field("part", pa.uint8()), *(f for f, _ in typed)]
     arrays = [pa.array(ids, pa.string()), pa.array(parts, pa.uint8()), *(a for _, a in typed)]
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields)), bad
@@ -261,6 +276,7 @@ def encode_to_shard(encode: Encode, folder: Path, rows: pa.Table) -> pa.Table:
         "train": written - valid,
         "valid": valid,
         "columns": columns,
+        "names": json.dumps([] if table is None else table.column_names[2:]),
         "bad_rows": json.dumps(bad),
     }
     return pa.Table.from_pylist([report])

@@ -402,13 +402,6 @@ def test_a_value_that_is_no_tensor_is_explained(digits_block: DataBlock, few_dig
         replace(digits_block, blocks=(ImageBlock(), TransformBlock())).dataloaders(few_digits)
 
 
-def test_blocks_that_are_no_blocks() -> None:
-    with pytest.raises(TypeError, match="call them"):
-        DataBlock(blocks=(ImageBlock, CategoryBlock), get_items=list)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="one input and one target"):
-        DataBlock(blocks=(ImageBlock(), ImageBlock(), CategoryBlock()), get_items=list)
-
-
 # --- items and shards --------------------------------------------------------------------------------------------------
 
 
