@@ -24,7 +24,7 @@ from blocks.errors import UserError
 from blocks.plan import Column, Encode
 from blocks.tensors import as_plain
 from blocks.transform import Pipeline
-from training.losses import LOSSES
+from training.losses import BaseLoss, loss_from_plain, loss_to_plain
 from training.models import ModelSpec
 
 if TYPE_CHECKING:
@@ -51,9 +51,7 @@ def export(learn: "Learner", path: str | Path) -> Path:
             f"{type(learn.model).__name__} was not made by a registered builder, so it cannot be built again from data: "
             "build it in a function decorated with @training.model_builder"
         )
-    loss = getattr(learn.loss_func, "name", None)
-    if loss not in LOSSES:
-        raise ValueError(f"{learn.loss_func!r} is not one of the losses an export can name: {', '.join(LOSSES)}")
+    loss = loss_to_plain(learn.loss_func)
     if learn.dls.encode is None:
         raise ValueError("the data was not made from a DataBlock, so an export cannot know how to read an item")
     encode = learn.dls.encode
@@ -87,14 +85,14 @@ class Predictor:
     encode: Encode
     batch_tfms: Pipeline
     vocab: tuple[str, ...]
-    loss: nn.Module
+    loss: BaseLoss
 
     def probabilities(self, items: Sequence[Any]) -> Tensor:
         """Class probabilities (items, classes) of paths, encoded bytes, PIL images or arrays."""
         columns = [input_tensor(self.encode, item) for item in items]
         batch = self.batch_tfms(torch.stack(columns))
         with torch.no_grad():
-            return self.loss.activation(self.model(as_plain(batch)))  # type: ignore[operator]
+            return self.loss.activation(self.model(as_plain(batch)))
 
     def predict(self, items: Sequence[Any]) -> list[Prediction]:
         """One `Prediction` an item, in their order. UnreadableRow when an item is no picture."""
@@ -131,8 +129,7 @@ def _predictor(folder: Path) -> Predictor:
     spec = json.loads((folder / SPEC_FILE).read_text(encoding="utf-8"))
     if spec.get("format") != FORMAT:
         raise ValueError(f"it has format {spec.get('format')!r}; this version of fastray reads {FORMAT}")
-    if spec["loss"] not in LOSSES:
-        raise ValueError(f"it names the loss {spec['loss']!r}; known: {', '.join(LOSSES)}")
+    loss = loss_from_plain(spec["loss"])
     model = ModelSpec(spec["model"]["builder"], spec["model"]["arguments"]).build()
     weights = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     try:
@@ -144,7 +141,7 @@ def _predictor(folder: Path) -> Predictor:
         encode=Encode((Column("x", the_item, Pipeline.from_plain(spec["input"])),), Pipeline.from_plain(spec["item_tfms"])),
         batch_tfms=Pipeline.from_plain(spec["batch_tfms"]),
         vocab=tuple(spec["vocab"]),
-        loss=LOSSES[spec["loss"]](),
+        loss=loss,
     )
 
 

@@ -168,7 +168,7 @@ def test_a_function_as_transform_is_not_exported(few_digits: Path, tmp_path: Pat
 
 def test_a_loss_of_ones_own_is_not_exported(learn: Learner, tmp_path: Path) -> None:
     learn.loss_func = nn.functional.cross_entropy
-    assert_not_exported(learn, tmp_path / "no", "is not one of the losses an export can name: cross_entropy")
+    assert_not_exported(learn, tmp_path / "no", "is not one of the losses an export can name: CrossEntropyLossFlat")
 
 
 def test_data_without_a_block_is_not_exported(learn: Learner, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_data_without_a_block_is_not_exported(learn: Learner, tmp_path: Path) ->
     [
         (lambda spec: spec.update(format=2), "has format 2; this version of fastray reads 1"),
         (lambda spec: spec.pop("format"), "has format None"),
-        (lambda spec: spec.update(loss="os.system"), "names the loss 'os.system'; known: cross_entropy"),
+        (lambda spec: spec.update(loss={"name": "os.system"}), "names the loss 'os.system'; known: CrossEntropyLossFlat"),
         (lambda spec: spec["model"].update(builder="os.system"), "unknown model builder 'os.system'; known: .*little"),
         (lambda spec: spec["model"].update(arguments={"depth": 4}), "depth"),
         (lambda spec: spec["item_tfms"].append({"name": "os:system"}), "unknown transform 'os:system'"),
