@@ -24,7 +24,7 @@ import torch
 
 from blocks.errors import DataError, UnreadableRow
 from blocks.plan import Column, Encode, Plan, Read, items_in
-from blocks.shards import DTYPE_KEY, SAME_SIZE, TYPE_KEY, map_shard, typed_column, write_shard
+from blocks.shards import SAME_SIZE, described_field, map_shard, typed_column, write_shard
 from blocks.splits import TRAIN, VALID
 from blocks.transform import Pipeline
 
@@ -250,9 +250,7 @@ def encode_rows(encode: Encode, rows: pa.Table) -> tuple[pa.Table | None, list[d
     names = samples[0].keys()
     odd = next((i for i, s in zip(ids, samples, strict=True) if s.keys() != names), None)
     if odd is not None:
-        raise DataError(
-            f"the row {odd!r} becomes other columns than {ids[0]!r}: a block must give each row as many values"
-        )
+        raise DataError(f"the row {odd!r} becomes other columns than {ids[0]!r}: a block must give each row as many values")
     typed = [typed_column(name, [s[name] for s in samples]) for name in names]
     fields = [pa.field("id", pa.string()), pa.field("part", pa.uint8()), *(f for f, _ in typed)]
     arrays = [pa.array(ids, pa.string()), pa.array(parts, pa.uint8()), *(a for _, a in typed)]
@@ -268,7 +266,7 @@ def encode_to_shard(encode: Encode, folder: Path, rows: pa.Table) -> pa.Table:
         write_shard(folder / file, table)
     size = (folder / file).stat().st_size if written else 0
     valid = 0 if table is None else int(pc.sum(table["part"]).as_py())
-    columns = "" if table is None else ", ".join(f"{f.name}: {_stored_type(f)}" for f in list(table.schema)[2:])
+    columns = "" if table is None else ", ".join(f"{f.name}: {described_field(f)}" for f in list(table.schema)[2:])
     report = {
         "file": file,
         "rows": written,
@@ -280,11 +278,6 @@ def encode_to_shard(encode: Encode, folder: Path, rows: pa.Table) -> pa.Table:
         "bad_rows": json.dumps(bad),
     }
     return pa.Table.from_pylist([report])
-
-
-def _stored_type(field: pa.Field) -> str:
-    shape = "x".join(map(str, field.type.shape)) if isinstance(field.type, pa.FixedShapeTensorType) else "a number"
-    return f"{field.metadata[TYPE_KEY].decode()} of {shape}, {field.metadata[DTYPE_KEY].decode()}"
 
 
 def _rows_per_shard(encode: Encode, listing: pa.Table) -> int:

@@ -29,7 +29,7 @@ from blocks import (
     prepare,
 )
 from blocks.prepare import cache_folder
-from blocks.shards import as_array, map_shard, typed_column, write_shard
+from blocks.shards import as_array, map_shard
 
 
 @pytest.fixture
@@ -427,19 +427,6 @@ def test_get_x_and_get_y_are_given_the_items_of_get_items(kind: str, digits_bloc
     assert prepared.rows == 120
     given = get_items(None)
     assert all(item in given for item in seen)
-
-
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32, torch.bool])
-def test_a_column_is_stored_and_read_back(shape: tuple[int, ...], dtype: torch.dtype, tmp_path: Path) -> None:
-    values = [torch.randint(0, 2, shape).to(dtype) for _ in range(5)]
-    field, column = typed_column("x", values)
-    write_shard(tmp_path / "a.arrow", pa.Table.from_arrays([column], schema=pa.schema([field])))
-    read = as_array(map_shard(tmp_path / "a.arrow"), "x")
-    assert torch.equal(torch.tensor(read), torch.stack(values))
-    assert torch.tensor(read).dtype == dtype
-    assert not read.flags.writeable
-    assert [f.name for f in tmp_path.glob("a*")] == ["a.arrow"]
 
 
 def test_the_cache_is_where_the_person_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
