@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH := .venv-bench
 STAMP := $(VENV)/installed
 
-.PHONY: run test test-all lint format constraints
+.PHONY: run test test-all lint format constraints bench-env
 
 run: $(STAMP)
 	$(BIN)/fastray train digits
@@ -38,3 +39,14 @@ constraints:
 	( echo "# Made by 'make constraints': the versions the tests run with."; \
 	  $(VENV)-constraints/bin/python -m pip freeze --exclude fastray ) > constraints.txt
 	rm -rf $(VENV)-constraints
+
+# The environment of the benchmarks' peers. It sees the project's packages (one torch for both) and has its own fastai, whose
+# older plum would break ours.
+bench-env: $(STAMP)
+	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --no-deps fastai==2.8.12 fastcore==2.2.39 fastprogress==1.1.6 fasttransform==0.0.5 \
+	    'plum-dispatch<2.10' 'fastdownload>=0.0.8'
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	    > $$($(BENCH)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth
+	$(BENCH)/bin/python -m pip install 'spacy<4' beartype rich tqdm sentencepiece 'python-fasthtml>=0.12.34'
+	$(BENCH)/bin/python -c "import fastai.vision.all"
