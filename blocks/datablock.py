@@ -5,12 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 
 from blocks.errors import DataError
 from blocks.plan import BatchSide, Column, Encode, Fit, Plan, Read, Split, listing_of
-from blocks.splits import VALID, RandomSplitter
+from blocks.splits import LEFT_OUT, TRAIN, VALID, RandomSplitter, Rows, Splitter, as_splitter
 from blocks.transform import Pipeline, RandTransform, TransformLike
 
 if TYPE_CHECKING:
@@ -41,7 +40,8 @@ class DataBlock:
     get_items: source -> list of items; without it the source is the items.
     get_x, get_y: item -> what the block opens or labels; a list of them for several inputs or targets. getters: the
     same for all blocks at once.
-    splitter: a splitter such as `RandomSplitter`, or a function of the items that gives two lists of positions (train, valid).
+    splitter: a splitter such as `RandomSplitter`, or a function of the items that gives two lists of positions (train, valid);
+    rows in neither are left out.
     item_tfms run once, when the data is prepared, from the first random one on each epoch; batch_tfms run on each batch,
     on the model's device.
     """
@@ -50,7 +50,7 @@ class DataBlock:
     get_items: Callable[[Any], Iterable[Any]] = the_item
     get_x: Getter | Sequence[Getter] = the_item
     get_y: Getter | Sequence[Getter] = the_item
-    splitter: Callable[[Sequence[Any]], tuple[Sequence[int], Sequence[int]]] = field(default_factory=RandomSplitter)
+    splitter: Splitter | Callable[[Sequence[Any]], tuple[Sequence[int], Sequence[int]]] = field(default_factory=RandomSplitter)
     item_tfms: TransformLike | Sequence[TransformLike] = ()
     batch_tfms: TransformLike | Sequence[TransformLike] = ()
     n_inp: int | None = None
@@ -94,11 +94,10 @@ class DataBlock:
                 "Check the path, and that the files have the endings it looks for"
             )
         listing = listing_of(items, root)
-        ids = listing["id"].to_pylist()
-        train, valid = self.splitter(ids if getattr(self.splitter, "by_row_id", False) else items)
-        _check_split(train, valid, len(items))
-        part = np.zeros(len(items), np.uint8)
-        part[valid] = VALID
+        part = as_splitter(self.splitter).parts(Rows(listing["id"], items))
+        train, valid, left_out = (int((part == p).sum()) for p in (TRAIN, VALID, LEFT_OUT))
+        _check_split(train, valid, left_out)
+        listing = listing.append_column("part", pa.array(part)).filter(pa.array(part != LEFT_OUT))
         item_tfms = Pipeline.of(self.item_tfms) + Pipeline.of(t for b in self.blocks for t in b.item_tfms)
         batch_tfms = Pipeline.of(self.batch_tfms) + Pipeline.of(t for b in self.blocks for t in b.batch_tfms)
         once, each_epoch = _sides(item_tfms)
@@ -110,10 +109,10 @@ class DataBlock:
             if t.summary is not None and not t.fitted
         ]
         return Plan(
-            listing=listing.append_column("part", pa.array(part)),
+            listing=listing,
             stages=(
                 Read(str(root or type(source).__name__), self.get_items),
-                Split(self.splitter, len(train), len(valid)),
+                Split(self.splitter, train, valid, left_out),
                 *fits,
                 Encode(columns, once, each_epoch, self._inputs),
                 BatchSide(batch_tfms),
@@ -150,15 +149,11 @@ def _sides(item_tfms: Pipeline) -> tuple[Pipeline, Pipeline]:
     return Pipeline(tfms[:first]), Pipeline(tfms[first:])
 
 
-def _check_split(train: Sequence[int], valid: Sequence[int], rows: int) -> None:
+def _check_split(train: int, valid: int, left_out: int) -> None:
     for name, part in (("training", train), ("validation", valid)):
-        if not len(part):
+        if not part:
+            left = f" ({left_out} are left out)" if left_out else ""
             raise DataError(
-                f"the {name} part is empty: the splitter put all {rows} rows into the other. Give another seed or "
-                "fraction, or more rows"
+                f"the {name} part is empty: the splitter put all {train + valid} rows into the other{left}. Give another seed "
+                "or fraction, or more rows"
             )
-    if sorted([*train, *valid]) != list(range(rows)):
-        raise DataError(
-            f"the splitter must put each of the {rows} rows into exactly one part, but gave {len(train)} training and "
-            f"{len(valid)} validation rows, some twice, left out or beyond the end"
-        )

@@ -38,6 +38,7 @@ class Split:
     splitter: Any
     train: int
     valid: int
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -181,10 +182,11 @@ class Plan:
                         "once",
                         f"{self.listing.num_rows} items, {_bytes(size)}, {_name(get_items)} of {source}",
                     )
-                case Split(splitter, train, valid):
+                case Split(splitter, train, valid, left_out):
                     if prepared is not None:  # once lone classes have moved and bad rows are gone
                         train, valid = prepared.index["parts"]["train"], prepared.index["parts"]["valid"]
-                    yield "split", "once", f"{_name(splitter)}: {train} training rows, {valid} validation rows"
+                    left = f", {left_out} rows left out" if left_out else ""
+                    yield "split", "once", f"{_name(splitter)}: {train} training rows, {valid} validation rows{left}"
                 case Fit(column, position):
                     tfm = next(c for c in self.columns if c.name == column).type_tfms.transforms[position]
                     state = f" = {_state(fitted[column].transforms[position])}" if column in fitted else ""

@@ -22,6 +22,7 @@ from blocks import (
     PILImage,
     Prepared,
     RandomSplitter,
+    RandomSubsetSplitter,
     Resize,
     Transform,
     TransformBlock,
@@ -97,7 +98,7 @@ def test_explain_names_every_stage(digits_block: DataBlock, few_digits: Path) ->
     assert [line.split()[0] for line in lines[1:]] == ["read", "split", "fit", "encode", "encode", "encode", "batch"]
     assert "120 items" in lines[1]
     assert f"get_image_files of {few_digits}" in lines[1]
-    assert "RandomSplitter(valid_pct=0.25, seed=1): " in lines[2]
+    assert "RandomSplitter(valid_pct=0.25, seed=1, stratify=None): " in lines[2]
     assert "y: Categorize on the training part" in lines[3]
     assert "x: the_item -> OpenImage(mode='RGB')" in lines[4]
     assert "y: parent_label -> Categorize(vocab=())" in lines[5]
@@ -227,14 +228,21 @@ def test_an_empty_part(part: str, digits_block: DataBlock, few_digits: Path) -> 
 
 @pytest.mark.parametrize(
     ("train", "valid"),
-    [(range(100), range(99, 120)), (range(100), range(101, 120)), (range(100), range(100, 121)), ([-1, *range(119)], [5])],
-    ids=["twice", "left out", "beyond the end", "negative"],
+    [(range(100), range(99, 120)), (range(100), range(100, 121)), ([-1, *range(119)], [5])],
+    ids=["twice", "beyond the end", "negative"],
 )
 def test_a_splitter_that_miscounts(
     train: Sequence[int], valid: Sequence[int], digits_block: DataBlock, few_digits: Path
 ) -> None:
-    with pytest.raises(DataError, match="each of the 120 rows into exactly one part"):
+    with pytest.raises(DataError, match="each of the 120 rows into at most one part"):
         replace(digits_block, splitter=lambda items: (train, valid)).plan(few_digits)
+
+
+def test_rows_in_neither_part_are_left_out_and_counted(digits_block: DataBlock, few_digits: Path) -> None:
+    plan = replace(digits_block, splitter=RandomSubsetSplitter(0.4, 0.2, seed=1)).plan(few_digits)
+    prepared = prepare(plan)
+    assert 0 < prepared.rows < 120
+    assert f"validation rows, {120 - prepared.rows} rows left out" in plan.explain(prepared)
 
 
 def test_a_splitter_of_the_users_is_given_the_items(digits_block: DataBlock, few_digits: Path) -> None:
