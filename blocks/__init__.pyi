@@ -21,6 +21,7 @@ from .items import parent_label as parent_label
 from .plan import Plan as Plan
 from .prepare import Prepared as Prepared
 from .prepare import prepare as prepare
+from .resident import Windows as Windows
 from .splits import ColSplitter as ColSplitter
 from .splits import EndSplitter as EndSplitter
 from .splits import FileSplitter as FileSplitter
@@ -32,6 +33,7 @@ from .splits import RandomSplitter as RandomSplitter
 from .splits import RandomSubsetSplitter as RandomSubsetSplitter
 from .splits import Splitter as Splitter
 from .splits import TrainTestSplitter as TrainTestSplitter
+from .streams import Streams as Streams
 from .tensors import LabeledBBox as LabeledBBox
 from .tensors import TensorBase as TensorBase
 from .tensors import TensorBBox as TensorBBox

@@ -68,9 +68,13 @@ class Prepared:
     def rows(self) -> int:
         return sum(s["rows"] for s in self.index["shards"])
 
+    def table(self, number: int) -> pa.Table:
+        """One shard, memory-mapped."""
+        return map_shard(self.folder / self.index["shards"][number]["file"])
+
     def tables(self) -> list[pa.Table]:
         """The shards in order, memory-mapped."""
-        return [map_shard(self.folder / shard["file"]) for shard in self.index["shards"]]
+        return [self.table(number) for number in range(len(self.index["shards"]))]
 
     def described(self) -> str:
         """Rows, bytes, shards and bad rows in one line."""
@@ -120,7 +124,7 @@ def _carry_out(plan: Plan, folder: Path, map_blocks: MapBlocks, max_bad_rows: in
     shards = [report for report in reports if report["rows"]]
     if not shards:
         raise DataError(f"none of the {listing.num_rows} rows could be read")
-    parts = {name: sum(report.pop(name) for report in reports) for name in ("train", "valid")}
+    parts = {name: sum(report[name] for report in reports) for name in ("train", "valid")}
     for name, part in (("training", parts["train"]), ("validation", parts["valid"])):
         if not part:
             raise DataError(

@@ -14,6 +14,7 @@ class TensorBase(torch.Tensor):
     """A tensor whose class says what it means; results of operations on it keep the class of its first typed argument."""
 
     ragged: ClassVar[bool] = False  # stored as rows of different lengths, even where some happen to be alike
+    pad_value: ClassVar[float] = 0  # what fills a ragged row up to the longest of its batch
 
     @classmethod
     def __torch_function__(
@@ -94,6 +95,7 @@ class TensorText(TensorBase):
     """Token ids of a text, int64, (..., length)."""
 
     ragged: ClassVar[bool] = True
+    pad_value: ClassVar[float] = 1  # the id of xxpad in fastai's order of special tokens
 
 
 class TensorSeries(TensorBase):

@@ -51,11 +51,8 @@ class Workers:
         """What is asked for against what there is, before anything is prepared. UserError with what to write instead."""
         if self.number == 0:
             return
-        if batch_size < 2 * self.number:
-            raise UserError(
-                f"batch_size={batch_size} is the global one and must give each of {self.number} workers two rows: at least "
-                f"{2 * self.number}"
-            )
+        if batch_size < self.number:
+            raise UserError(f"batch_size={batch_size} is the global one, of all {self.number} workers: at least {self.number}")
         self._find_resources()
 
     def _find_resources(self) -> None:
