@@ -1,3 +1,11 @@
+from .affine import AffineCoordTfm as AffineCoordTfm
+from .affine import Dihedral as Dihedral
+from .affine import Flip as Flip
+from .affine import RandomResizedCropGPU as RandomResizedCropGPU
+from .affine import Rotate as Rotate
+from .affine import Warp as Warp
+from .affine import Zoom as Zoom
+from .augment import aug_transforms as aug_transforms
 from .category import Categorize as Categorize
 from .category import Category as Category
 from .category import CategoryBlock as CategoryBlock
@@ -18,6 +26,12 @@ from .items import get_files as get_files
 from .items import get_image_files as get_image_files
 from .items import get_text_files as get_text_files
 from .items import parent_label as parent_label
+from .lighting import Brightness as Brightness
+from .lighting import Contrast as Contrast
+from .lighting import Hue as Hue
+from .lighting import LightingTfm as LightingTfm
+from .lighting import RandomErasing as RandomErasing
+from .lighting import Saturation as Saturation
 from .plan import Plan as Plan
 from .prepare import Prepared as Prepared
 from .prepare import prepare as prepare

@@ -108,6 +108,11 @@ class Transform:
         """One transform that does this and then `other`, which follows it in a Pipeline; None where there is none."""
         return None
 
+    @property
+    def parts(self) -> tuple["Transform", ...]:
+        """What `compose_with` made this one of, so that a Pipeline can put something in between; else itself."""
+        return (self,)
+
     def __call__(self, x: Any) -> Any:
         return _each(self.encodes, x)
 
@@ -261,6 +266,18 @@ class RandTransform(Transform, registered=False):
             )
         return _each(self.encodes, x, self.draw(x, keys))
 
+    def steady(self, x: Any) -> Any:
+        """The parameters outside training, where nothing is random; None leaves `x` as it is.
+
+        A transform that gives its results a size does so for validation, too: with `split_idx = None` and this.
+        """
+        return None
+
+    def outside_training(self, x: Any) -> Any:
+        """What a Pipeline makes of `x` on another part than training."""
+        drawn = self.steady(x)
+        return x if drawn is None else _each(self.encodes, x, drawn)
+
 
 @dataclasses.dataclass
 class FunctionTransform(Transform, registered=False):
@@ -307,12 +324,12 @@ def as_transform(t: TransformLike) -> Transform:
 
 def _flat(transforms: Any) -> Iterator[Transform]:
     if isinstance(transforms, Pipeline):
-        yield from transforms.transforms
+        yield from _flat(transforms.transforms)
     elif isinstance(transforms, Iterable) and not isinstance(transforms, type):
         for t in transforms:
             yield from _flat(t)
     elif transforms is not None:
-        yield as_transform(transforms)
+        yield from as_transform(transforms).parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,7 +356,12 @@ class Pipeline:
         """
         for t in self.transforms:
             if t.split_idx is None or t.split_idx == split_idx:
-                x = t(x, keys=keys) if isinstance(t, RandTransform) else t(x)
+                if not isinstance(t, RandTransform):
+                    x = t(x)
+                elif split_idx == 0:
+                    x = t(x, keys=keys)
+                else:
+                    x = t.outside_training(x)
         return x
 
     def decode(self, x: Any) -> Any:

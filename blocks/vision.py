@@ -12,6 +12,7 @@ from plum import dispatch
 
 from blocks.datablock import TransformBlock
 from blocks.errors import UnreadableRow
+from blocks.pieces import ByPiece
 from blocks.tensors import TensorImage, TensorImageBW
 from blocks.transform import Transform
 
@@ -128,7 +129,7 @@ def _pixels(image: Image.Image) -> torch.Tensor:
 
 
 @dataclass
-class IntToFloatTensor(Transform):
+class IntToFloatTensor(ByPiece, Transform):
     """uint8 pixels 0..255 become float32 0..1."""
 
     order: ClassVar[int] = 10

@@ -26,7 +26,11 @@ from blocks import (
     Transform,
     dispatch,
 )
+from blocks.affine import AffineCoordTfm, Flip, Rotate
+from blocks.augment import aug_transforms
 from blocks.fingerprint import fingerprint
+from blocks.lighting import Brightness, Contrast, Hue, LightingTfm, RandomErasing, Saturation
+from blocks.pieces import InPieces
 from blocks.transform import _REGISTRY, FunctionTransform, as_transform, transform_from_plain
 
 
@@ -278,6 +282,10 @@ EXAMPLES: list[Transform] = [
     IntToFloatTensor(),
     Normalize((0.5,), (0.25,)),
     Normalize.from_stats((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
+    *aug_transforms(flip_vert=True, size=8, min_scale=0.5, xtra_tfms=[Flip(), Saturation(), Hue(), RandomErasing()]),
+    AffineCoordTfm((Flip(), Rotate(20))),
+    LightingTfm((Brightness(), Contrast(0.1))),
+    InPieces((IntToFloatTensor(), Flip())),
 ]
 
 
@@ -308,7 +316,7 @@ class TestContract:
             with pytest.raises((TypeError, ValueError), match="object"):
                 transform(stranger)
         else:
-            assert transform(stranger) is stranger
+            assert Pipeline((transform,))(stranger, split_idx=0, keys=torch.tensor([1])) is stranger
             assert transform.decode(stranger) is stranger
 
     def test_wrong_fields(self, transform: Transform) -> None:
