@@ -1,5 +1,7 @@
 """The callbacks every Learner has: batch transforms, scheduled rates, the record of the training, its printed lines."""
 
+import html
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,8 @@ from training.callback import Callback
 from training.optimizer import set_rates
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from training.learner import Learner
 
 
@@ -43,7 +47,8 @@ class ScheduledRates(Callback):
 class Recorder(Callback):
     """One dict an epoch in `history`: `epoch`, `train/loss`, `valid/loss`, `valid/<metric>`, `hp/lr`, `time/...`.
 
-    Losses and metrics are means over all rows of all ranks, reduced once at the end of each part.
+    Losses and metrics are means over all rows of all ranks, reduced once at the end of each part. Step by step there are
+    `losses` (of this rank's rows), `rates` and `momenta` (of the last parameter group); `epoch_ends` are the numbers of steps.
     """
 
     order = -50  # first, so that a callback that cancels a part before it begins does not keep it from hearing so
@@ -51,6 +56,11 @@ class Recorder(Callback):
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
         self.values: dict[str, float] = {}
+        self.losses: list[float] = []
+        self.rates: list[float] = []
+        self.momenta: list[float] = []
+        self.epoch_ends: list[int] = []
+        self._step_losses: list[torch.Tensor] = []
         self.unit = "rows"
 
     def before_epoch(self, learn: "Learner") -> None:
@@ -76,11 +86,19 @@ class Recorder(Callback):
         # The sum stays on the device: reading it at each batch would make the host wait for a GPU.
         self._loss += learn.loss.detach().to(torch.float64) * learn.rows
         self._rows += learn.rows
-        if not learn.training:
+        if learn.training:
+            group = learn.opt.param_groups[-1]
+            self._step_losses.append(learn.loss)
+            self.rates.append(group["lr"])
+            self.momenta.append(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
+        else:
             for metric in learn.metrics:
                 metric.accumulate(learn.pred, as_plain(learn.yb[0]), learn.rows)
 
     def after_train(self, learn: "Learner") -> None:
+        if self._step_losses:
+            self.losses += torch.stack(self._step_losses).tolist()
+            self._step_losses = []
         (total,) = self._reduced([])
         self._note("train/loss", total)
         seconds = time.perf_counter() - self._train_began
@@ -98,6 +116,46 @@ class Recorder(Callback):
     def after_epoch(self, learn: "Learner") -> None:
         self.values["time/epoch"] = time.perf_counter() - self._began
         self.history.append(self.values)
+        self.epoch_ends.append(len(self.losses))
+
+    def plot_loss(self, skip_start: int = 5, with_valid: bool = True, smooth: float = 0.98) -> "Figure":
+        """A figure of the training loss step by step, smoothed exponentially, and the validation loss of each epoch."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        skip = min(skip_start, max(len(self.losses) - 1, 0))
+        axes.plot(range(skip, len(self.losses)), smoothed(self.losses, smooth)[skip:], label="train")
+        ends = zip(self.epoch_ends, self.history, strict=True)
+        valid = [(end, values["valid/loss"]) for end, values in ends if "valid/loss" in values]
+        if with_valid and valid:
+            axes.plot(*zip(*valid, strict=True), marker="o", label="valid")
+        axes.set(xlabel="step", ylabel="loss")
+        axes.legend()
+        return figure
+
+    def plot_sched(self) -> "Figure":
+        """A figure of the learning rate and the momentum step by step."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(10, 3), layout="constrained")
+        for axes, name, values in zip(figure.subplots(1, 2), ("lr", "momentum"), (self.rates, self.momenta), strict=True):
+            axes.plot(values)
+            axes.set(xlabel="step", title=name)
+        return figure
+
+    def _repr_html_(self) -> str:
+        """The history as a table, a row an epoch: what a notebook shows."""
+        names = [n for n in dict.fromkeys(n for values in self.history for n in values) if not n.startswith("time/")]
+        names = [n for n in names if n != "epoch"] + ["time/epoch"]
+        head = "".join(f"<th>{html.escape(n)}</th>" for n in ("epoch", *names))
+        rows = "".join(
+            f"<tr><td>{int(values['epoch'])}</td>"
+            + "".join(f"<td>{values[n]:.6g}</td>" if n in values else "<td></td>" for n in names)
+            + "</tr>"
+            for values in self.history
+        )
+        return f"<table><tr>{head}</tr>{rows}</table>"
 
     def _restart(self, learn: "Learner") -> None:
         self._loss = torch.zeros((), dtype=torch.float64, device=learn.device)
@@ -114,20 +172,80 @@ class Recorder(Callback):
             self.values[name] = float(total[0] / total[1])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": [dict(values) for values in self.history]}
+        steps = {name: list(getattr(self, name)) for name in _BY_STEP}
+        return {"history": [dict(values) for values in self.history], **steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history = [dict(values) for values in state["history"]]
+        for name in _BY_STEP:
+            setattr(self, name, list(state[name]))
+
+
+_BY_STEP = ("losses", "rates", "momenta", "epoch_ends")
+
+
+def smoothed(values: list[float], beta: float) -> list[float]:
+    """The exponentially weighted means up to each value, without bias to the start."""
+    total = weight = 0.0
+    means = []
+    for value in values:
+        total = beta * total + (1 - beta) * value
+        weight = beta * weight + (1 - beta)
+        means.append(total / weight)
+    return means
 
 
 class Progress(Callback):
-    """Prints one line an epoch, on rank 0."""
+    """Prints one line an epoch, on rank 0; in a terminal or a notebook also a bar of the batches. fastai's ProgressCallback."""
 
     order = 70
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def before_train(self, learn: "Learner") -> None:
+        self._start(learn, f"epoch {learn.epoch + 1}/{learn.n_epoch}")
+
+    def before_validate(self, learn: "Learner") -> None:
+        self._start(learn, "validation")
+
+    def after_batch(self, learn: "Learner") -> None:
+        # True now and then only, when it is time to draw: reading the loss makes the host wait for a GPU.
+        if self._bar is not None and self._bar.update() and learn.loss is not None:
+            self._bar.set_postfix_str(f"loss {float(learn.loss):.4f}", refresh=False)
+
+    def after_train(self, learn: "Learner") -> None:
+        self._close()
+
+    def after_validate(self, learn: "Learner") -> None:
+        self._close()
 
     def after_epoch(self, learn: "Learner") -> None:
         if distributed.rank() == 0:
             print(epoch_line(learn.recorder.values, learn.n_epoch), flush=True)
+
+    def after_fit(self, learn: "Learner") -> None:
+        self._close()
+
+    def _start(self, learn: "Learner", what: str) -> None:
+        if distributed.rank() == 0 and somebody_watches():
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=_length(learn.dl), desc=what, unit="batch", leave=False)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def somebody_watches() -> bool:
+    """Whether output goes to a terminal or a notebook, where a bar can be drawn over."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+def _length(batches: Any) -> int | None:
+    return len(batches) if hasattr(batches, "__len__") else None
 
 
 def epoch_line(values: dict[str, Any], epochs: int) -> str:

@@ -11,10 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from blocks.dataloaders import DataLoaders
+from blocks.draws import sample_keys
 from blocks.feed import Feed
 from blocks.tensors import TensorBase, as_plain
 from training import distributed
@@ -122,8 +124,11 @@ class Learner:
             except CancelException:
                 raise
             except Exception as error:
-                error.add_note(f"in {type(method.__self__).__name__}.{event}, epoch {self.epoch}, batch {self.iter}")  # type: ignore[attr-defined]
+                self._say_where(error, method, event)
                 raise
+
+    def _say_where(self, error: Exception, method: Any, event: str) -> None:
+        error.add_note(f"in {type(method.__self__).__name__}.{event}, epoch {self.epoch}, batch {self.iter}")
 
     def _with_events(self, body: Callable[[], None], event: str, cancel: type[CancelException]) -> None:
         # Takes the body as a function, because a `with` block cannot skip its body when `before_...` cancels.
@@ -157,7 +162,22 @@ class Learner:
         finally:
             self._forward = self.model
             distributed.alone_again(self.model)
-            self("after_fit")
+            self._end_fit()
+
+    def _end_fit(self) -> None:
+        # Each callback gets to restore what it changed, after another one's error too; the first error is the one raised.
+        first: Exception | None = None
+        for method in self._listeners["after_fit"]:
+            try:
+                method(self)
+            except Exception as error:  # noqa: BLE001
+                self._say_where(error, method, "after_fit")
+                if first is None:
+                    first = error
+                else:
+                    first.add_note(f"then {type(error).__name__}: {error} ({'; '.join(error.__notes__)})")
+        if first is not None:
+            raise first
 
     def fit_one_cycle(self, epochs: int, lr_max: float | None = None, *, on: Runner | None = None) -> None:
         """Train by `one_cycle(epochs)`."""
@@ -246,7 +266,16 @@ class Learner:
         self.rows = len(self.xb[0])
         # Plain batches of several ranks are taken to be of one size.
         self.global_rows = getattr(batch, "global_rows", self.rows * distributed.world())
+        self._keys = getattr(batch, "keys", None)
         self.pred = self.loss = self.loss_grad = None
+
+    @property
+    def keys(self) -> Tensor:
+        """The key of each row's random draws, int64 (rows,) (`blocks.draws`); plain batches are numbered as they come."""
+        if self._keys is None:
+            before = (self.iter * distributed.world() + distributed.rank()) << 32
+            self._keys = sample_keys(0, self.epochs_trained, np.arange(self.rows) + before)
+        return self._keys.to(self.device)
 
     def _move(self, column: Any) -> Any:
         return column.to(self.device, non_blocking=True) if isinstance(column, Tensor) else column

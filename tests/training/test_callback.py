@@ -458,3 +458,25 @@ def test_a_cancel_gets_no_note() -> None:
 
     sgd_learner(doing("before_batch", cancel)).fit(1)
     assert not hasattr(error, "__notes__")
+
+
+def test_every_after_fit_is_called_though_one_fails() -> None:
+    def fail(error: type[Exception]) -> Callback:
+        def action(learn: Learner) -> None:
+            raise error
+
+        return doing("after_fit", action)
+
+    seen: list[str] = []
+    learn = sgd_learner(fail(KeyError), fail(ValueError), doing("after_fit", lambda learn: seen.append("last")))
+    with pytest.raises(KeyError) as raised:
+        learn.fit(1)
+    assert seen == ["last"]
+    assert [n.split(",")[0] for n in raised.value.__notes__] == ["in Doing.after_fit", "then ValueError:  (in Doing.after_fit"]
+
+
+def test_an_error_in_after_fit_does_not_hide_the_one_before() -> None:
+    learn = sgd_learner(RaisesOnce(ZeroDivisionError, "after_loss"), RaisesOnce(KeyError, "after_fit"))
+    with pytest.raises(KeyError) as raised:
+        learn.fit(1)
+    assert isinstance(raised.value.__context__, ZeroDivisionError)

@@ -1,0 +1,135 @@
+"""Every shipped callback keeps the promises of `training.testing`: one table of settings feeds all checks."""
+
+import ast
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import training
+from blocks import DataLoaders
+from training import Callback, Learner, SchedCos, testing
+from training.testing import MakeCallback, MakeLearner, tiny_learner
+
+
+class Recurrent(nn.Module):
+    """A language model of 10 words: (rows, steps) -> prediction (rows, 10, steps), raw and dropped outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.rnn, self.out = nn.Embedding(10, 4), nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 10)
+        self.reset()
+
+    def reset(self) -> None:
+        self.state: Any = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raw, state = self.rnn(self.words(x), self.state)
+        self.state = tuple(s.detach() for s in state)
+        dropped = nn.functional.dropout(raw, 0.1, self.training)
+        return self.out(dropped).transpose(1, 2), raw, dropped
+
+
+def recurrent_learner(*callbacks: Callback) -> Learner:
+    torch.manual_seed(2)
+    batches = [(torch.randint(10, (4, 7)), torch.randint(10, (4, 7))) for _ in range(6)]
+    taken_out = [] if any(isinstance(c, training.RNNRegularizer) for c in callbacks) else [training.RNNRegularizer()]
+    dls = DataLoaders(batches[:4], batches[4:])
+    return Learner(dls, Recurrent(), training.CrossEntropyLossFlat(), lr=0.01, callbacks=[*callbacks, *taken_out])
+
+
+SETTINGS: dict[str, tuple[MakeCallback, MakeLearner]] = {
+    name: setting if isinstance(setting, tuple) else (setting, tiny_learner)
+    for name, setting in {
+        "ActivationStats": lambda: training.ActivationStats(every=2, with_hist=True),
+        "BatchTransforms": training.BatchTransforms,
+        "BnFreeze": training.BnFreeze,
+        "CSVLogger": training.CSVLogger,
+        "ChannelsLast": training.ChannelsLast,
+        "CollectData": training.CollectData,
+        "CutMix": training.CutMix,
+        "EarlyStopping": lambda: training.EarlyStopping(patience=5),
+        "FetchPredictions": training.FetchPredictions,
+        "GatherPredictions": lambda: training.GatherPredictions(with_input=True, with_loss=True),
+        "GradientAccumulation": lambda: training.GradientAccumulation(8),
+        "GradientClip": lambda: training.GradientClip(0.1),
+        "MCDropout": training.MCDropout,
+        "MixUp": training.MixUp,
+        "MixedPrecision": training.MixedPrecision,
+        "MixedPrecision float16": lambda: training.MixedPrecision(torch.float16),
+        "ModelResetter": (training.ModelResetter, recurrent_learner),
+        "ParamScheduler": lambda: training.ParamScheduler({"wd": training.SchedLin(0.1, 0.0), "lr": SchedCos(0.02, 0.0)}),
+        "Progress": training.Progress,
+        "RNNRegularizer": (lambda: training.RNNRegularizer(2.0, 1.0), recurrent_learner),
+        "Recorder": training.Recorder,
+        "ReduceLROnPlateau": training.ReduceLROnPlateau,
+        "SaveBest": lambda: training.SaveBest(with_opt=True),
+        "ScheduledRates": training.ScheduledRates,
+        "ShortEpoch": lambda: training.ShortEpoch(0.5),
+        "TerminateOnNaN": training.TerminateOnNaN,
+    }.items()
+}
+TO_DERIVE_FROM = {"Callback", "HookCallback", "ValueWatcher"}
+
+
+@pytest.mark.parametrize(("make", "make_learner"), SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize(
+    "check",
+    [
+        testing.check_training_goes_on_after_cancel,
+        testing.check_state_round_trip,
+        testing.check_picklable,
+        testing.check_restores_what_it_changed,
+        testing.check_same_result_again,
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.* watches valid/loss, which epoch 0 did not record:UserWarning")
+def test_promises(check: Callable[[MakeCallback, MakeLearner], None], make: MakeCallback, make_learner: MakeLearner) -> None:
+    check(make, make_learner)
+
+
+def test_every_shipped_callback_is_in_the_table() -> None:
+    """Read from the sources, so that one without a public name is found too."""
+    shipped = set()
+    for file in Path(inspect.getfile(training)).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found = getattr(__import__(f"training.{file.stem}", fromlist=["_"]), node.name)
+                shipped |= {node.name} if issubclass(found, Callback) else set()
+    assert shipped - TO_DERIVE_FROM == {name.split()[0] for name in SETTINGS}
+
+
+def test_all_promises_are_checked_by_check_callback() -> None:
+    class Broken(Callback):
+        def before_fit(self, learn: Learner) -> None:
+            learn.loss_func = nn.CrossEntropyLoss()
+
+    with pytest.raises(AssertionError, match="the fit left changed: loss_func"):
+        testing.check_restores_what_it_changed(Broken, tiny_learner)
+    with pytest.raises((AssertionError, AttributeError)):
+        testing.check_callback(Broken)
+
+
+def test_a_state_that_is_no_plain_data_is_found() -> None:
+    class Code(Callback):
+        def state_dict(self) -> dict[str, Any]:
+            return {"function": print}
+
+    with pytest.raises(Exception, match="Weights only load failed"):
+        testing.check_state_round_trip(Code, tiny_learner)
+
+
+def test_a_callback_that_trains_otherwise_each_time_is_found() -> None:
+    class Random(Callback):
+        def before_step(self, learn: Learner) -> None:
+            generator = torch.Generator()
+            generator.seed()
+            for p in learn.model.parameters():
+                p.grad += torch.randn(p.shape, generator=generator)
+
+    with pytest.raises(AssertionError, match="the weights are others"):
+        testing.check_same_result_again(Random, tiny_learner)

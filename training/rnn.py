@@ -1,0 +1,58 @@
+"""Callbacks for recurrent models, whose forward pass gives more than the prediction and whose state lives on between batches.
+
+A recurrent model returns (prediction, raw outputs, outputs after dropout), the outputs (rows, steps, features), and has
+`reset()`.
+"""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from training.callback import Callback
+
+if TYPE_CHECKING:
+    from training.learner import Learner
+
+
+class ModelResetter(Callback):
+    """Calls the model's `reset()` where a new stream of text begins: before each part of an epoch, and at the end."""
+
+    def before_train(self, learn: "Learner") -> None:
+        learn.model.reset()  # type: ignore[operator]
+
+    def before_validate(self, learn: "Learner") -> None:
+        learn.model.reset()  # type: ignore[operator]
+
+    def after_fit(self, learn: "Learner") -> None:
+        learn.model.reset()  # type: ignore[operator]
+
+
+class RNNRegularizer(Callback):
+    """Takes the prediction out of what a recurrent model returns, and adds two penalties to the training loss.
+
+    alpha: of large activations (AR); beta: of activations that change from step to step (TAR) (Merity et al.,
+    arXiv:1708.01009). With both 0 it only takes the prediction out: fastai's RNNCallback.
+    """
+
+    order = -20  # the others are to see the prediction alone
+
+    def __init__(self, alpha: float = 0.0, beta: float = 0.0):
+        self.alpha, self.beta = alpha, beta
+
+    def after_pred(self, learn: "Learner") -> None:
+        learn.pred, self._raw, self._dropped = learn.pred
+
+    def after_loss(self, learn: "Learner") -> None:
+        if not learn.training:
+            return
+        if self.alpha:
+            learn.loss_grad = learn.loss_grad + self.alpha * _mean_square(self._dropped)
+        if self.beta and self._raw.shape[1] > 1:
+            learn.loss_grad = learn.loss_grad + self.beta * _mean_square(self._raw[:, 1:] - self._raw[:, :-1])
+
+    def after_batch(self, learn: "Learner") -> None:
+        self._raw = self._dropped = None  # they hold the graph
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    return x.float().square().mean()
