@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from blocks.tensors import as_plain
 from training import distributed
 from training.callback import Callback
-from training.mixing import loss_per_row
+from training.losses import loss_per_row
 
 if TYPE_CHECKING:
     from training.learner import Learner
@@ -37,7 +37,7 @@ class GatherPredictions(Callback):
     def after_batch(self, learn: "Learner") -> None:
         if not learn.training:
             targets = tuple(map(as_plain, learn.yb))
-            losses = (loss_per_row(learn.loss_func, learn.pred, targets),) if self.with_loss and targets else ()
+            losses = (loss_per_row(learn.loss_func, learn.pred, *targets),) if self.with_loss and targets else ()
             inputs = tuple(map(as_plain, learn.xb)) if self.with_input else ()
             self._batches.append(_on_cpu((inputs, learn.pred, targets, losses)))
 

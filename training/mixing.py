@@ -12,6 +12,7 @@ from torch import Tensor
 from blocks.draws import stream_of, uniform
 from blocks.tensors import as_plain
 from training.callback import Callback
+from training.losses import loss_per_row
 
 if TYPE_CHECKING:
     from training.learner import Learner
@@ -47,8 +48,8 @@ class _Mixing(Callback):
 
     def after_loss(self, learn: "Learner") -> None:
         if learn.training and self._others:
-            own = loss_per_row(learn.loss_func, learn.pred, tuple(map(as_plain, learn.yb)))
-            other = loss_per_row(learn.loss_func, learn.pred, self._others)
+            own = loss_per_row(learn.loss_func, learn.pred, *map(as_plain, learn.yb))
+            other = loss_per_row(learn.loss_func, learn.pred, *self._others)
             learn.loss_grad = torch.lerp(other, own, self._share).mean()
             learn.loss = learn.loss_grad.detach().clone()
 
@@ -93,26 +94,6 @@ def _between(size: int, middle: Tensor, side: Tensor) -> Tensor:
 
 def _over(rows: Tensor, x: Tensor) -> Tensor:
     return rows.view(-1, *(1 for _ in range(x.ndim - 1)))
-
-
-def loss_per_row(loss_func: Any, pred: Any, targets: tuple[Tensor, ...]) -> Tensor:
-    """The loss of each row, (rows,), of a loss that has a `reduction`, as torch's have; TypeError for another one."""
-    before = getattr(loss_func, "reduction", None)
-    if before is None:
-        try:
-            each = loss_func(pred, *targets, reduction="none")
-        except TypeError as error:
-            raise TypeError(
-                f"{loss_func!r} cannot give the loss of each row: it has no attribute and takes no argument `reduction`, "
-                'which torch\'s losses have: reduction="none"'
-            ) from error
-    else:
-        loss_func.reduction = "none"
-        try:
-            each = loss_func(pred, *targets)
-        finally:
-            loss_func.reduction = before
-    return each.reshape(len(targets[0]), -1).mean(dim=1)
 
 
 def beta_quantile(alpha: float, p: Tensor) -> Tensor:

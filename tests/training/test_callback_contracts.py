@@ -17,7 +17,7 @@ from training.testing import MakeCallback, MakeLearner, tiny_learner
 
 
 class Recurrent(nn.Module):
-    """A language model of 10 words: (rows, steps) -> prediction (rows, 10, steps), raw and dropped outputs."""
+    """A language model of 10 words: (rows, steps) -> prediction (rows, steps, 10), raw and dropped outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Recurrent(nn.Module):
         raw, state = self.rnn(self.words(x), self.state)
         self.state = tuple(s.detach() for s in state)
         dropped = nn.functional.dropout(raw, 0.1, self.training)
-        return self.out(dropped).transpose(1, 2), raw, dropped
+        return self.out(dropped), raw, dropped
 
 
 def recurrent_learner(*callbacks: Callback) -> Learner:
