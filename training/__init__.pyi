@@ -29,6 +29,16 @@ from .hooks import Hooks as Hooks
 from .hooks import hook_output as hook_output
 from .hooks import hook_outputs as hook_outputs
 from .hooks import output_sizes as output_sizes
+from .layers import AdaptiveConcatPool2d as AdaptiveConcatPool2d
+from .layers import ConvLayer as ConvLayer
+from .layers import Embedding as Embedding
+from .layers import LinBnDrop as LinBnDrop
+from .layers import PixelShuffle_ICNR as PixelShuffle_ICNR
+from .layers import ResBlock as ResBlock
+from .layers import SelfAttention as SelfAttention
+from .layers import SigmoidRange as SigmoidRange
+from .layers import SimpleCNN as SimpleCNN
+from .layers import TimeDistributed as TimeDistributed
 from .learner import Learner as Learner
 from .losses import BaseLoss as BaseLoss
 from .losses import BCELossFlat as BCELossFlat
@@ -78,3 +88,8 @@ from .stopping import SaveBest as SaveBest
 from .stopping import ShortEpoch as ShortEpoch
 from .stopping import TerminateOnNaN as TerminateOnNaN
 from .stopping import ValueWatcher as ValueWatcher
+from .transfer import create_body as create_body
+from .transfer import create_head as create_head
+from .transfer import cut_model as cut_model
+from .transfer import num_features as num_features
+from .transfer import vision_model as vision_model

@@ -50,6 +50,11 @@ def torchvision_classifier(*, arch: str, n_out: int) -> nn.Module:
 
     UserError when torchvision has no classifier of that name.
     """
+    return torchvision_model(arch, num_classes=n_out)
+
+
+def torchvision_model(arch: str, **arguments: Any) -> nn.Module:
+    """torchvision's classifier of that name, with random weights. UserError when it has none, naming some that are near."""
     import difflib
 
     import torchvision
@@ -60,4 +65,4 @@ def torchvision_classifier(*, arch: str, n_out: int) -> nn.Module:
         raise UserError(
             f"torchvision has no classifier {arch!r}" + (f": did you mean {', '.join(map(repr, near))}?" if near else "")
         )
-    return torchvision.models.get_model(arch, weights=None, num_classes=n_out)
+    return torchvision.models.get_model(arch, weights=None, **arguments)
