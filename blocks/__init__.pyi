@@ -33,8 +33,8 @@ from .lighting import LightingTfm as LightingTfm
 from .lighting import RandomErasing as RandomErasing
 from .lighting import Saturation as Saturation
 from .plan import Plan as Plan
-from .prepare import Prepared as Prepared
 from .prepare import prepare as prepare
+from .prepared import Prepared as Prepared
 from .resident import Windows as Windows
 from .splits import ColSplitter as ColSplitter
 from .splits import EndSplitter as EndSplitter

@@ -8,7 +8,8 @@ import torch
 
 from blocks.feed import Batch, Feed
 from blocks.plan import Encode, Plan
-from blocks.prepare import Prepared, encode_sample
+from blocks.prepare import encode_sample
+from blocks.prepared import Prepared
 from blocks.splits import TRAIN, VALID
 from blocks.transform import Pipeline
 

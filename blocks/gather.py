@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from blocks.errors import DataError
-from blocks.prepare import Prepared
+from blocks.prepared import Prepared
 from blocks.shards import TYPE_KEY, BytesColumn, FixedColumn, RaggedColumn, StoredColumn, described, read_column
 from blocks.tensors import as_plain, tensor_type
 

@@ -4,28 +4,29 @@ The work is functions from an Arrow table of items to an Arrow table of what cam
 runs them over the parts of the listing: this process (`map_here`), or Ray Data's tasks (`cluster.data`).
 """
 
-import atexit
 import contextlib
+import errno
 import json
 import math
-import os
-import shutil
 import time
-import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from blocks.errors import DataError, UnreadableRow
+from blocks.cache import INDEX, make_room, place_of, unfinished
+from blocks.errors import DataError, UnreadableRow, UserError
 from blocks.plan import Column, Encode, Plan, Read, items_in
-from blocks.shards import SAME_SIZE, described_field, map_shard, typed_column, write_shard
+from blocks.prepared import Prepared
+from blocks.shards import SAME_SIZE, described_field, typed_column, write_shard
 from blocks.splits import TRAIN, VALID
+from blocks.storage import is_url, joined, put
 from blocks.transform import Pipeline
 
 TableFunction = Callable[[pa.Table], pa.Table]
@@ -41,89 +42,51 @@ def map_here(function: TableFunction, tables: Sequence[pa.Table]) -> Iterator[pa
     return map(function, tables)
 
 
-def cache_folder() -> Path:
-    """Where prepared and example data are kept: $FASTRAY_CACHE, else ~/.cache/fastray."""
-    return Path(os.environ.get("FASTRAY_CACHE") or "~/.cache/fastray").expanduser().absolute()
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A plan carried out: a folder of shards, and an index that says what is in them."""
-
-    folder: Path
-    index: dict[str, Any]
-    encode: Encode  # the item side, with what its transforms learned from the data
-    reused: bool  # found under its fingerprint: nothing was decoded
-
-    @classmethod
-    def open(cls, folder: Path, plan: Plan, reused: bool) -> "Prepared":
-        index = json.loads((folder / "index.json").read_text())
-        return cls(folder, index, plan.encode_with(index["fitted"], index["columns"]), reused)
-
-    @property
-    def fingerprint(self) -> str:
-        return self.folder.name
-
-    @property
-    def rows(self) -> int:
-        return sum(s["rows"] for s in self.index["shards"])
-
-    def table(self, number: int) -> pa.Table:
-        """One shard, memory-mapped."""
-        return map_shard(self.folder / self.index["shards"][number]["file"])
-
-    def tables(self) -> list[pa.Table]:
-        """The shards in order, memory-mapped."""
-        return [self.table(number) for number in range(len(self.index["shards"]))]
-
-    def described(self) -> str:
-        """Rows, bytes, shards and bad rows in one line."""
-        size = sum(s["bytes"] for s in self.index["shards"]) / 1e6
-        bad = f", {len(self.index['bad_rows'])} bad rows left out" if self.index["bad_rows"] else ""
-        return f"{self.rows} rows, {size:.1f} MB in {len(self.index['shards'])} Arrow shards{bad}, {self.folder}"
-
-
-def prepare(plan: Plan, *, map_blocks: MapBlocks = map_here, max_bad_rows: int = 0) -> Prepared:
+def prepare(plan: Plan, *, map_blocks: MapBlocks = map_here, max_bad_rows: int = 0, cache: str = "disk") -> Prepared:
     """Carry `plan` out, or find it carried out already by its fingerprint.
 
-    DataError when more than `max_bad_rows` rows cannot be read (the first ones are named), when a class is only in the
+    cache: "disk" keeps the result below the cache folder or at its URL, "memory" in a tmpfs folder, "off" until this process
+    ends. DataError when more than `max_bad_rows` rows cannot be read (the first ones are named), when a class is only in the
     validation part, or when there is only one class.
     """
-    home = cache_folder() / "prepared"
-    folder = home / plan.fingerprint
-    if (folder / "index.json").exists():
-        prepared = Prepared.open(folder, plan, reused=True)
-        check_bad_rows(prepared.index["bad_rows"], max_bad_rows)
-        return prepared
-    unfinished = home / f".{plan.fingerprint}-{uuid.uuid4().hex[:8]}"
-    unfinished.mkdir(parents=True)
+    place = place_of(cache)
+    lasting = cache != "off" and plan.unkept is None
+    if lasting:
+        found = Prepared.open(place.home / plan.fingerprint, plan, True, place.url and joined(place.url, plan.fingerprint))
+        if found is not None:
+            check_bad_rows(found.index["bad_rows"], max_bad_rows)
+            return _mended(found, plan, map_blocks)
     try:
-        _carry_out(plan, unfinished, map_blocks, max_bad_rows)
-        try:
-            unfinished.rename(folder)
-        except OSError:  # another run prepared the same in the meantime, and its result is as good
-            if not (folder / "index.json").exists():
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    if plan.unkept:  # no later run can find it
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Prepared.open(folder, plan, reused=False)
+        with unfinished(place, plan.fingerprint, lasting) as made:
+            folder = made.finish(_carry_out(plan, made.where, map_blocks, max_bad_rows))
+            prepared = Prepared.open(folder, plan, False, place.url and joined(place.url, folder.name))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"no space is left in {place.home}: `fastray cache clear` makes room, $FASTRAY_CACHE names another place"
+        ) from error
+    assert prepared is not None
+    make_room(place.home)
+    return prepared
 
 
-def _carry_out(plan: Plan, folder: Path, map_blocks: MapBlocks, max_bad_rows: int) -> None:
+def _carry_out(plan: Plan, where: str, map_blocks: MapBlocks, max_bad_rows: int) -> dict[str, Any]:
+    # The shards are written to `where`; returns the index that describes them.
     began = time.perf_counter()
-    listing, fitted = _fit(plan, map_blocks)
+    listing, moved, fitted = _fit(plan, map_blocks)
     encode = plan.encode_with(fitted)
-    blocks = _sliced(listing, _rows_per_shard(encode, listing))
-    numbered = [b.append_column("block", pa.array([i] * b.num_rows, pa.int32())) for i, b in enumerate(blocks)]
-    reports = [r for t in map_blocks(partial(encode_to_shard, encode, folder), numbered) for r in t.to_pylist()]
+    shard_rows = _rows_per_shard(encode, listing)
+    reports = [
+        r for t in map_blocks(partial(encode_to_shard, encode, where), _numbered(listing, shard_rows)) for r in t.to_pylist()
+    ]
     reports.sort(key=lambda report: report["file"])
     bad_rows = [bad for report in reports for bad in json.loads(report.pop("bad_rows"))]
     check_bad_rows(bad_rows, max_bad_rows)
     shards = [report for report in reports if report["rows"]]
     if not shards:
         raise DataError(f"none of the {listing.num_rows} rows could be read")
+    _check_written_here(where, shards)
     parts = {name: sum(report[name] for report in reports) for name in ("train", "valid")}
     for name, part in (("training", parts["train"]), ("validation", parts["valid"])):
         if not part:
@@ -135,16 +98,58 @@ def _carry_out(plan: Plan, folder: Path, map_blocks: MapBlocks, max_bad_rows: in
     if len(kinds) > 1:
         first, other = list(kinds)[:2]
         raise DataError(f"some files end up as {first}, others as {other}: {SAME_SIZE}")
-    index = {
+    return {
         "source": plan.stage(Read).source,
         "columns": json.loads(next(iter(kinds.values()))),
         "shards": shards,
+        "shard_rows": shard_rows,
+        "moved": sorted(moved),
         "fitted": fitted,
         "parts": parts,
         "bad_rows": bad_rows,
         "seconds": round(time.perf_counter() - began, 3),
     }
-    (folder / "index.json").write_text(json.dumps(index, indent=1))
+
+
+def _check_written_here(where: str, shards: Sequence[dict[str, Any]]) -> None:
+    # Tasks on another node wrote to that node's own disk.
+    away = [] if is_url(where) else [shard["file"] for shard in shards if not Path(where, shard["file"]).exists()]
+    if away:
+        raise UserError(
+            f"{len(away)} of {len(shards)} shards were written on other nodes, whose disks this one does not see: set "
+            "$FASTRAY_CACHE to a folder that all nodes share, or to a storage URL such as s3://bucket/path"
+        )
+
+
+def _mended(found: Prepared, plan: Plan, map_blocks: MapBlocks) -> Prepared:
+    # Shards that are missing or damaged are made again from the rows they came from, and that is said.
+    damaged = found.damaged()
+    if not damaged:
+        return found
+    shards = [dict(shard) for shard in found.index["shards"]]
+    names = [PurePosixPath(shards[i]["file"]).name for i in damaged]
+    listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    warnings.warn(
+        f"{len(names)} of {len(shards)} shards of the prepared data {found.fingerprint} are damaged or missing and are made "
+        f"again: {listed}",
+        stacklevel=3,
+    )
+    listing = _moved_to_training(plan.listing, set(found.index["moved"]))
+    blocks = [block for block in _numbered(listing, found.index["shard_rows"]) if _file(block) in names]
+    run = PurePosixPath(shards[0]["file"]).parent.name  # below the URL; in a folder there is none
+    where = joined(found.url, run) if found.url else str(found.folder)
+    made = {r["file"]: r for t in map_blocks(partial(encode_to_shard, found.encode, where), blocks) for r in t.to_pylist()}
+    for i, name in zip(damaged, names, strict=True):
+        if made[name]["rows"] != shards[i]["rows"]:
+            raise DataError(
+                f"the shard {name} of {found.folder} is damaged, and its rows can no longer be read as they were: bring their "
+                f"files back, or start afresh with `fastray cache clear {found.fingerprint}`"
+            )
+        shards[i] |= {key: made[name][key] for key in ("bytes", "crc32")}
+    put(found.url or found.folder, INDEX, json.dumps(found.index | {"shards": shards}, indent=1).encode())
+    mended = Prepared.open(found.folder, plan, True, found.url)
+    assert mended is not None
+    return mended
 
 
 def check_bad_rows(bad_rows: Sequence[dict[str, str]], most: int) -> None:
@@ -162,13 +167,14 @@ def check_bad_rows(bad_rows: Sequence[dict[str, str]], most: int) -> None:
 # --- fitting -----------------------------------------------------------------------------------------------------------
 
 
-def _fit(plan: Plan, map_blocks: MapBlocks) -> tuple[pa.Table, list[dict[str, Any]]]:
-    # The listing with its final parts, and the state of each fitted transform as plain data.
+def _fit(plan: Plan, map_blocks: MapBlocks) -> tuple[pa.Table, set[str], list[dict[str, Any]]]:
+    # The listing with its final parts, the rows moved for it, and the state of each fitted transform as plain data.
     listing = plan.listing
     to_fit = plan.to_fit()
     fitted: list[dict[str, Any]] = []
+    all_moved: set[str] = set()
     if not to_fit:
-        return listing, fitted
+        return listing, all_moved, fitted
     blocks = _sliced(listing, max(FEWEST_ROWS, math.ceil(listing.num_rows / SHARDS_AT_LEAST)))
     seen: dict[tuple[int, int], Any] = {}
     for table in map_blocks(partial(observe, to_fit), blocks):
@@ -182,9 +188,11 @@ def _fit(plan: Plan, map_blocks: MapBlocks) -> tuple[pa.Table, list[dict[str, An
     for number, (column, position) in enumerate(to_fit):
         train, valid = seen[number, TRAIN], seen[number, VALID]
         fresh = replace(column.type_tfms.transforms[position])
-        listing = _moved_to_training(listing, fresh.setups(train, valid))
+        moved = fresh.setups(train, valid)
+        all_moved |= moved
+        listing = _moved_to_training(listing, moved)
         fitted.append({"column": column.name, "position": position, "transform": fresh.to_plain()})
-    return listing, fitted
+    return listing, all_moved, fitted
 
 
 def _summary(fit: tuple[Column, int]) -> Any:
@@ -261,27 +269,30 @@ def encode_rows(encode: Encode, rows: pa.Table) -> tuple[pa.Table | None, list[d
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields)), bad
 
 
-def encode_to_shard(encode: Encode, folder: Path, rows: pa.Table) -> pa.Table:
+def encode_to_shard(encode: Encode, where: str, rows: pa.Table) -> pa.Table:
     """Encode the rows of one block and write them as its shard; returns one row that says what was written."""
-    file = f"{rows['block'][0].as_py():06d}.arrow"
     table, bad = encode_rows(encode, rows)
-    written = 0 if table is None else table.num_rows
-    if table is not None:
-        write_shard(folder / file, table)
-    size = (folder / file).stat().st_size if written else 0
+    nothing = {"file": _file(rows), "rows": 0, "bytes": 0, "crc32": 0}
     valid = 0 if table is None else int(pc.sum(table["part"]).as_py())
     columns = "" if table is None else ", ".join(f"{f.name}: {described_field(f)}" for f in list(table.schema)[2:])
     report = {
-        "file": file,
-        "rows": written,
-        "bytes": size,
-        "train": written - valid,
+        **(nothing if table is None else write_shard(where, _file(rows), table)),
+        "train": 0 if table is None else table.num_rows - valid,
         "valid": valid,
         "columns": columns,
         "names": json.dumps([] if table is None else table.column_names[2:]),
         "bad_rows": json.dumps(bad),
     }
     return pa.Table.from_pylist([report])
+
+
+def _file(rows: pa.Table) -> str:
+    return f"{rows['block'][0].as_py():06d}.arrow"
+
+
+def _numbered(listing: pa.Table, rows: int) -> list[pa.Table]:
+    blocks = enumerate(_sliced(listing, rows))
+    return [block.append_column("block", pa.array([i] * block.num_rows, pa.int32())) for i, block in blocks]
 
 
 def _rows_per_shard(encode: Encode, listing: pa.Table) -> int:

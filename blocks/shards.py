@@ -7,7 +7,6 @@ shape of a ragged row's element, so that what was a TensorImage comes out as one
 """
 
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import pyarrow as pa
 import torch
 
 from blocks.errors import DataError
+from blocks.storage import put
 
 TYPE_KEY, DTYPE_KEY, KIND_KEY, TAIL_KEY = b"fastray.type", b"fastray.dtype", b"fastray.kind", b"fastray.tail"
 SAME_SIZE = "samples of one data set must have one size and dtype. Add Resize(size) to item_tfms"
@@ -145,16 +145,14 @@ def shard_bytes(table: pa.Table) -> pa.Buffer:
     return sink.getvalue()
 
 
-def checksum(content: pa.Buffer) -> int:
-    """CRC-32, at about 4 GB/s."""
-    return zlib.crc32(content)
+def write_shard(where: str | Path, file: str, table: pa.Table) -> dict[str, Any]:
+    """Write `table` as one Arrow IPC file in a folder or at a URL; returns its entry of the index.
 
-
-def write_shard(path: Path, table: pa.Table) -> None:
-    """Write `table` as one Arrow IPC file; it stands under its name only when it is whole."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_bytes(shard_bytes(table))
-    partial.replace(path)
+    crc32: of the whole file; it is computed at about 4 GB/s.
+    """
+    content = shard_bytes(table)
+    put(where, file, content)
+    return {"file": file, "rows": table.num_rows, "bytes": content.size, "crc32": zlib.crc32(content)}
 
 
 def map_shard(path: Path) -> pa.Table:

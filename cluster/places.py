@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from blocks.prepare import cache_folder
+from blocks.cache import cache_folder, cache_url
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ def places() -> Places:
     """From $FASTRAY_CACHE, $FASTRAY_STORAGE and $MLFLOW_TRACKING_URI; else ~/.cache/fastray, and ./runs and ./mlflow.db."""
     here = Path.cwd()
     return Places(
-        cache=str(cache_folder()),
+        cache=cache_url() or str(cache_folder()),
         storage=str(Path(os.environ.get("FASTRAY_STORAGE") or here / "runs").expanduser().absolute()),
         tracking=_absolute(os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"),
     )

@@ -20,7 +20,7 @@ from blocks import (
     get_image_files,
     parent_label,
 )
-from blocks.prepare import cache_folder
+from blocks.cache import cache_folder
 from training import Learner, Recipe, Schedule, accuracy, body_and_head, one_cycle, recipe, torchvision_classifier
 from training.recipe import SettingError
 

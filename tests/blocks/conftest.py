@@ -42,17 +42,8 @@ def made(tmp_path: Path) -> MakeStore:
             own = parts[stretch]
             ids = pa.array([str(n) for n in range(stretch.start, stretch.stop)])
             table = pa.Table.from_arrays([ids, pa.array(own), *(a for _, a in typed)], schema=schema)
-            file = f"{len(shards):06d}.arrow"
-            write_shard(folder / file, table)
-            shards.append(
-                {
-                    "file": file,
-                    "rows": len(own),
-                    "bytes": (folder / file).stat().st_size,
-                    "train": int((own != VALID).sum()),
-                    "valid": int((own == VALID).sum()),
-                }
-            )
+            entry = write_shard(folder, f"{len(shards):06d}.arrow", table)
+            shards.append(entry | {"train": int((own != VALID).sum()), "valid": int((own == VALID).sum())})
         block = DataBlock((CategoryBlock(),) * 2, get_items=lambda source: ["a", "b"], splitter=lambda items: ([0], [1]))
         encode = block.plan(folder).encode_with([], list(values))
         return Prepared(folder, {"shards": shards, "bad_rows": []}, encode, reused=False)

@@ -29,7 +29,7 @@ from blocks import (
     UnreadableRow,
     prepare,
 )
-from blocks.prepare import cache_folder
+from blocks.cache import cache_folder
 from blocks.shards import as_array, map_shard
 
 
@@ -86,7 +86,7 @@ def test_the_index_describes_the_shards(digits_block: DataBlock, few_digits: Pat
         assert map_shard(prepared.folder / shard["file"]).num_rows == shard["rows"]
         assert (prepared.folder / shard["file"]).stat().st_size == shard["bytes"]
     names = {f.name for f in prepared.folder.iterdir()}
-    assert names == {"index.json"} | {shard["file"] for shard in index["shards"]}
+    assert names == {"index.json", "used"} | {shard["file"] for shard in index["shards"]}
     assert len(index["shards"]) == 2  # 64 rows, and the rest
     assert prepared.folder == cache_folder() / "prepared" / digits_block.plan(few_digits).fingerprint
 
@@ -119,12 +119,12 @@ def test_explain_says_what_came_of_it(digits_block: DataBlock, few_digits: Path)
 
 def test_prepared_once(digits_block: DataBlock, few_digits: Path) -> None:
     first = prepare(digits_block.plan(few_digits))
-    times = {f: f.stat().st_mtime_ns for f in first.folder.iterdir()}
+    times = {f: f.stat().st_mtime_ns for f in first.folder.glob("*.*")}
     second = prepare(digits_block.plan(few_digits))
     assert second.reused
     assert second.index == first.index
     assert second.encode == first.encode
-    assert {f: f.stat().st_mtime_ns for f in first.folder.iterdir()} == times
+    assert {f: f.stat().st_mtime_ns for f in first.folder.glob("*.*")} == times
     assert left_behind() == [first.fingerprint]
 
 
