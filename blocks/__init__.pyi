@@ -9,6 +9,11 @@ from .augment import aug_transforms as aug_transforms
 from .category import Categorize as Categorize
 from .category import Category as Category
 from .category import CategoryBlock as CategoryBlock
+from .category import EncodedMultiCategorize as EncodedMultiCategorize
+from .category import MultiCategorize as MultiCategorize
+from .category import MultiCategory as MultiCategory
+from .category import MultiCategoryBlock as MultiCategoryBlock
+from .category import OneHotEncode as OneHotEncode
 from .datablock import DataBlock as DataBlock
 from .datablock import TransformBlock as TransformBlock
 from .dataloaders import DataLoaders as DataLoaders
@@ -35,6 +40,8 @@ from .lighting import Saturation as Saturation
 from .plan import Plan as Plan
 from .prepare import prepare as prepare
 from .prepared import Prepared as Prepared
+from .regression import RegressionBlock as RegressionBlock
+from .regression import RegressionSetup as RegressionSetup
 from .resident import Windows as Windows
 from .splits import ColSplitter as ColSplitter
 from .splits import EndSplitter as EndSplitter

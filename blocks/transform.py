@@ -92,7 +92,7 @@ class Transform:
         def decodes(self, x: Any) -> Any:
             return x
 
-    def setups(self, train: Any, valid: Any) -> set[str]:
+    def setups(self, train: Any, valid: Any) -> set[Any]:
         """Set the fitted fields from the summaries of the two parts; called once, and only where `summary` is given.
 
         Returns the ids of validation rows that must train instead.

@@ -1,13 +1,31 @@
-"""Labels: counting them in parts, the vocabulary, and what cannot be learned."""
+"""Labels: counting them in parts and by columns, the vocabulary, and what cannot be learned."""
 
-import random
-from functools import reduce
+import json
+from collections import Counter
+from typing import Any
 
+import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from blocks import Categorize, Category, CategoryBlock, DataError, TensorCategory
-from blocks.category import CategoryCounts
+from blocks import (
+    Categorize,
+    Category,
+    CategoryBlock,
+    DataError,
+    EncodedMultiCategorize,
+    MultiCategorize,
+    MultiCategoryBlock,
+    OneHotEncode,
+    TensorCategory,
+    TensorMultiCategory,
+)
+from blocks.category import CategoryCounts, MultiCategoryCounts
+from blocks.transform import Pipeline, transform_from_plain
 
 
 def counted(rows: list[tuple[str, str]]) -> CategoryCounts:
@@ -21,22 +39,44 @@ def labels(*names: str, of: str = "t") -> CategoryCounts:
     return counted([(name, f"{of}{i}") for i, name in enumerate(names)])
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_merging_parts_in_any_order_equals_one_pass(seed: int) -> None:
-    draw = random.Random(seed)
-    rows = [(draw.choice("abcdefghij"), f"row{i}") for i in range(draw.randint(1, 15))]
-    parts: list[list[tuple[str, str]]] = [[] for _ in range(draw.randint(1, 6))]
-    for row in rows:
-        draw.choice(parts).append(row)
-    draw.shuffle(parts)
+LABELS = st.sampled_from(["a", "b", "c", "d", None])
+LISTS = st.lists(LABELS, max_size=3)
 
-    def merged(a: CategoryCounts, b: CategoryCounts) -> CategoryCounts:
-        a.merge(b)
-        return a
 
-    whole = counted(rows)
-    assert reduce(merged, map(counted, parts)) == whole
-    assert set(whole.only_row) == {label for label, n in whole.counts.items() if n == 1}
+@pytest.mark.parametrize(
+    ("kind", "labels", "type_"), [(CategoryCounts, LABELS, pa.string()), (MultiCategoryCounts, LISTS, pa.list_(pa.string()))]
+)
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_counts_of_parts_in_any_order_and_of_columns_equal_one_pass(
+    kind: Any, labels: Any, type_: pa.DataType, data: Any
+) -> None:
+    values = data.draw(st.lists(labels, max_size=20))
+    part_of = data.draw(st.lists(st.integers(0, 3), min_size=len(values), max_size=len(values)))
+    whole = kind()
+    for row_id, value in enumerate(values):
+        whole.observe(value, row_id)
+    merged = kind()
+    for part in data.draw(st.permutations(range(4))):
+        ids = [i for i, p in enumerate(part_of) if p == part]
+        summary = kind()
+        if part % 2:
+            for i in ids:
+                summary.observe(values[i], i)
+        else:
+            summary.observe_column(pa.array([values[i] for i in ids], type_), pa.array(ids, pa.int64()))
+        merged.merge(kind.from_plain(json.loads(json.dumps(summary.to_plain()))))
+    assert merged == whole
+    sliced = kind()  # a slice of an array keeps its offset
+    one_more = pa.array([["a"] if kind is MultiCategoryCounts else "a", *values], type_)
+    sliced.observe_column(one_more[1:], pa.array(range(len(values)), pa.int64()))
+    assert sliced == whole
+
+
+def test_counts_by_text_ids() -> None:
+    counts = CategoryCounts()
+    counts.observe_column(pa.array(["a", "b", "a"]), pa.array(["z/2", "z/3", "z/1"]))
+    assert counts == CategoryCounts(Counter(a=2, b=1), {"a": "z/1", "b": "z/3"})
 
 
 def test_counts_are_plain_data_and_back() -> None:
@@ -115,3 +155,117 @@ def test_a_given_vocabulary_leaves_nothing_to_fit() -> None:
     assert given.fitted  # type: ignore[union-attr]
     (open_one,) = CategoryBlock().type_tfms
     assert not open_one.fitted  # type: ignore[union-attr]
+
+
+def test_order_of_appearance() -> None:
+    categorize = Categorize(sort=False)
+    categorize.setups(counted([("dog", "r3"), ("cat", "r2"), ("dog", "r1"), ("ant", "r4")]), CategoryCounts())
+    assert categorize.vocab == ("dog", "cat", "ant")
+
+
+def test_a_class_for_what_is_not_known() -> None:
+    categorize = Categorize(add_na=True)
+    assert not categorize.fitted
+    assert categorize.setups(labels("dog", "cat"), labels("bird", of="v")) == set()
+    assert categorize.vocab == ("#na#", "cat", "dog")
+    assert [int(categorize(label)) for label in ("cat", "bird", None, float("nan"), pd.NA, "#na#")] == [1, 0, 0, 0, 0, 0]
+    assert categorize.encodes_column(pa.array(["cat", "bird", None, "dog"])).tolist() == [1, 0, 0, 2]
+    assert transform_from_plain(categorize.to_plain()) == categorize
+
+
+@pytest.mark.parametrize("label", [None, float("nan"), pd.NA])
+def test_a_missing_label(label: Any) -> None:
+    with pytest.raises(DataError, match="a row has no label"):
+        Categorize(("a", "b"))(label)
+    with pytest.raises(DataError, match="a row has no label"):
+        Categorize(("a", "b")).encodes_column(pa.array(["a", None]))
+
+
+def test_the_nearest_name_is_suggested() -> None:
+    with pytest.raises(DataError, match="'catt' is not in the vocabulary 'cat', 'dog'; did you mean 'cat'"):
+        Categorize(("cat", "dog"))("catt")
+    with pytest.raises(DataError, match="'catt' is not in the vocabulary 'cat', 'dog'; did you mean 'cat'"):
+        Categorize(("cat", "dog")).encodes_column(pa.array(["cat", "catt"]))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array(["b", "a", "b"]),
+        pa.array([True, False, True]),
+        pa.array([2, 1, 2]),
+        pa.array([2.0, 0.5, 2.0]),
+        pa.array(["b", "a", "b"]).dictionary_encode(),
+        pa.array(["x", "b", "a", "b"]).dictionary_encode()[1:],
+        pa.array([], pa.string()),
+    ],
+    ids=lambda v: str(v.type),
+)
+def test_a_column_is_encoded_as_its_rows(values: pa.Array) -> None:
+    categorize = Categorize(tuple(sorted({str(v) for v in values.to_pylist()} | {"other"})))
+    column = categorize.encodes_column(values)
+    assert column.dtype == np.int64
+    assert column.tolist() == [int(categorize(v)) for v in values.to_pylist()]
+
+
+# --- any number of labels ----------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40)
+@given(rows=st.lists(st.lists(st.sampled_from("abcd"), max_size=4), max_size=8))
+def test_multi_categorize_by_row_and_by_column(rows: list[list[str]]) -> None:
+    categorize = MultiCategorize(("a", "b", "c", "d"))
+    encoded = [categorize(row) for row in rows]
+    assert all(type(e) is TensorMultiCategory and e.dtype == torch.float32 for e in encoded)
+    assert [categorize.decode(e) for e in encoded] == [sorted(set(row)) for row in rows]
+    values = pa.array([["a"], *rows], pa.list_(pa.string()))[1:]
+    column = categorize.encodes_column(values)
+    assert column.shape == (len(rows), 4)
+    assert column.tolist() == [e.tolist() for e in encoded]
+
+
+def test_multi_categorize_fits_and_decodes() -> None:
+    train, valid = MultiCategoryCounts(), MultiCategoryCounts()
+    for i, row in enumerate([["b", "a"], ("b",), [], None, {"c"}]):
+        train.observe(row, i)
+    valid.observe(["d", "a"], 9)
+    categorize = MultiCategoryBlock().type_tfms[0]
+    assert isinstance(categorize, MultiCategorize)
+    with pytest.warns(UserWarning, match="one item each, .*: 'd'"):
+        assert categorize.setups(train, valid) == {9}
+    assert categorize.vocab == ("a", "b", "c", "d")
+    assert categorize(("d", "a")).tolist() == [1, 0, 0, 1]  # a tuple is a list of labels, not a sample
+    assert str(categorize.decode(categorize(["d", "a"]))) == "a;d"
+
+
+def test_what_is_no_list_of_labels() -> None:
+    categorize = MultiCategorize(("a", "b"))
+    for value, message in (("a b", "label_delim"), (3, "not a list"), (None, "no list of labels"), (["c"], "'c' is not in")):
+        with pytest.raises(DataError, match=message):
+            categorize(value)
+    with pytest.raises(DataError, match="1 rows have no list"):
+        categorize.encodes_column(pa.array([["a"], None]))
+    with pytest.raises(DataError, match="no row of the training part has a label"):
+        MultiCategorize().setups(MultiCategoryCounts(), MultiCategoryCounts())
+
+
+def test_labels_that_are_encoded_already() -> None:
+    (encoded,) = MultiCategoryBlock(encoded=True, vocab=["a", "b", "c"]).type_tfms
+    assert isinstance(encoded, EncodedMultiCategorize)
+    for value in ([0, 1, 1], (0, 1, 1), np.array([False, True, True])):
+        code = encoded(value)
+        assert type(code) is TensorMultiCategory
+        assert code.tolist() == [0, 1, 1]
+        assert encoded.decode(code) == ["b", "c"]
+    with pytest.raises(DataError, match="one number for each of the 3 classes"):
+        encoded([0, 1])
+    with pytest.raises(ValueError, match="name their classes"):
+        MultiCategoryBlock(encoded=True)
+
+
+def test_one_hot_encode_follows_categorize() -> None:
+    pipeline = Pipeline.of([Categorize(("a", "b", "c")), OneHotEncode(3)])
+    code = pipeline("b")
+    assert type(code) is TensorMultiCategory
+    assert code.tolist() == [0, 1, 0]
+    assert pipeline.decode(code) == ["b"]

@@ -101,7 +101,7 @@ def test_explain_names_every_stage(digits_block: DataBlock, few_digits: Path) ->
     assert "RandomSplitter(valid_pct=0.25, seed=1, stratify=None): " in lines[2]
     assert "y: Categorize on the training part" in lines[3]
     assert "x: the_item -> OpenImage(mode='RGB')" in lines[4]
-    assert "y: parent_label -> Categorize(vocab=())" in lines[5]
+    assert "y: parent_label -> Categorize(vocab=(), sort=True, add_na=False)" in lines[5]
     assert "sample: Resize(size=(16, 16)) -> ToTensor()" in lines[6]
     assert lines[7].endswith(
         "IntToFloatTensor() -> Normalize(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)), on the model's device"
