@@ -274,10 +274,13 @@ class EncodedMultiCategorize(ItemTransform):
         self.vocab = tuple(str(v) for v in self.vocab)
 
     def encodes(self, x: object) -> TensorMultiCategory:
-        encoded = torch.as_tensor(np.array(x, np.float32)).as_subclass(TensorMultiCategory)
-        if encoded.shape != (len(self.vocab),):
+        try:
+            numbers = np.array(x, np.float32)
+        except (TypeError, ValueError):
+            numbers = np.zeros(0, np.float32)
+        if numbers.shape != (len(self.vocab),):
             raise DataError(f"{x!r:.200} is not one number for each of the {len(self.vocab)} classes {_listed(self.vocab)}")
-        return encoded
+        return torch.from_numpy(numbers).as_subclass(TensorMultiCategory)
 
     def decodes(self, x: TensorMultiCategory) -> MultiCategory:
         return MultiCategory(self.vocab[int(i)] for i in (x > 0.5).nonzero().flatten())

@@ -10,12 +10,16 @@ import torch
 
 from blocks import (
     Categorize,
+    EncodedMultiCategorize,
     IntToFloatTensor,
     ItemTransform,
+    MultiCategorize,
     Normalize,
+    OneHotEncode,
     OpenImage,
     Pipeline,
     RandTransform,
+    RegressionSetup,
     Resize,
     TensorBase,
     TensorCategory,
@@ -274,6 +278,10 @@ def test_a_pipeline_prints_its_steps() -> None:
 EXAMPLES: list[Transform] = [
     Categorize(),
     Categorize(("cat", "dog")),
+    MultiCategorize(("cat", "dog"), add_na=True),
+    EncodedMultiCategorize(("cat", "dog")),
+    OneHotEncode(2),
+    RegressionSetup(),
     OpenImage(),
     OpenImage(mode="L"),
     Resize(8),
@@ -312,7 +320,7 @@ class TestContract:
     def test_an_unknown_type_passes_or_is_refused(self, transform: Transform) -> None:
         """Only the first transform of a column takes any object; others let it pass."""
         stranger = object()
-        if isinstance(transform, OpenImage | Categorize):
+        if isinstance(transform, OpenImage | Categorize | MultiCategorize | EncodedMultiCategorize | RegressionSetup):
             with pytest.raises((TypeError, ValueError), match="object"):
                 transform(stranger)
         else:
