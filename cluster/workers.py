@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from blocks.errors import UserError
-from cluster.runtime import check_resources, start_ray
+from cluster.runtime import check_resources, start_ray, start_ray_meanwhile
 from cluster.spool import SPOOL, append_epoch, follow
 from training import distributed
 from training.callback import Callback
@@ -56,6 +56,9 @@ class Workers:
         self._find_resources()
 
     def _find_resources(self) -> None:
+        start_ray_meanwhile()
+        import ray.train.torch  # noqa: F401  seconds, which pass while Ray starts
+
         start_ray()
         check_resources(CPU=self.number, **({"GPU": self.number} if self.gpu else {}))
 

@@ -46,13 +46,15 @@ def train(name: str, words: Sequence[str]) -> None:
     make, settings, runner = _read(name, words, RUNNER_WORDS["train"])
     recipe = make(**settings)
     from cluster import Workers, train_recipe
+    from cluster.elsewhere import Elsewhere
     from cluster.runtime import start_ray_meanwhile
     from pipelines.report import report_training
 
     workers = Workers.asked(runner.get("workers"), default=2 if name == "digits" else None)
     if workers.number:
         start_ray_meanwhile()
-    report_training(train_recipe(recipe, workers, say=click.echo), say=click.echo)
+    with Elsewhere() as elsewhere:
+        report_training(train_recipe(recipe, workers, say=click.echo), elsewhere, say=click.echo)
 
 
 @cli.command()

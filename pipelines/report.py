@@ -1,8 +1,6 @@
-"""What the command line prints when a command has done its work, and the proof that a model loads elsewhere."""
+"""What the command line prints when a command has done its work."""
 
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +8,7 @@ from typing import TYPE_CHECKING
 from blocks.errors import UnreadableRow, UserError
 
 if TYPE_CHECKING:
+    from cluster.elsewhere import Elsewhere
     from cluster.sweep import Swept
     from cluster.train import Trained
     from training.export import Predictor
@@ -17,13 +16,13 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
-def report_training(trained: "Trained", say: Say) -> None:
-    """Accuracy, where things lie, a prediction by the logged model in a fresh process, and what to do next."""
+def report_training(trained: "Trained", elsewhere: "Elsewhere", say: Say) -> None:
+    """Accuracy, where things lie, a prediction by the logged model in the process `elsewhere`, and what to do next."""
     from cluster.places import places, shown
     from cluster.runtime import stop_ray
 
     model = trained.model_uri or str(trained.export)
-    elsewhere = _predicting_in_a_fresh_process(model, trained.example)
+    elsewhere.tell(model, trained.example)
     stop_ray()
     learn = trained.learn
     last = learn.recorder.history[-1] if learn.recorder.history else {}
@@ -35,21 +34,10 @@ def report_training(trained: "Trained", say: Say) -> None:
     say(f"data     {learn.dls.prepared.folder}")
     if trained.trouble:
         say(f"records  not all sent to MLflow: {trained.trouble}. They are in {trained.folder}")
-    say(f"loaded   in a fresh process: {_answer(elsewhere)}")
+    label, probability = elsewhere.answer()
+    say(f"loaded   in a fresh process: {trained.example}  {label}  {probability:.4f}")
     say("next     fastray ui")
     say(f"         fastray predict {shlex.quote(model)} {shlex.quote(str(trained.example))}")
-
-
-def _predicting_in_a_fresh_process(model: str, file: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "pipelines", "predict", model, str(file)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def _answer(process: "subprocess.Popen[str]") -> str:
-    answer, errors = process.communicate()
-    if process.returncode:
-        raise RuntimeError(f"the model cannot be loaded back:\n{errors}")
-    return answer.strip()
 
 
 def report_predictions(predictor: "Predictor", files: Sequence[str], say: Say) -> None:

@@ -1,5 +1,6 @@
 """Several ranks, by torch.distributed alone: who am I, sums over all ranks, gradients averaged over them."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -7,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
+
+from training.same_host import SharedSums, shared_sums
 
 
 def rank() -> int:
@@ -32,6 +35,34 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return total.to(x.device)
 
 
+# By process group, without keeping one alive: gloo aborts a process that ends before its group has.
+_shared: weakref.WeakKeyDictionary[Any, SharedSums | None] = weakref.WeakKeyDictionary()
+
+
+def _shared_by_ranks() -> SharedSums | None:
+    group = dist.group.WORLD
+    if group not in _shared:
+        _shared[group] = shared_sums()
+    return _shared[group]
+
+
+def add_over_ranks(x: Tensor) -> None:
+    """Make a contiguous `x` the sum over all ranks, in place: through shared memory where all ranks are on one machine."""
+    shared = _shared_by_ranks() if x.dtype is torch.float32 and x.device.type == "cpu" else None
+    if shared is None:
+        dist.all_reduce(x)
+    else:
+        shared.add(x)
+
+
+def _average_bucket(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    gradients = bucket.buffer()
+    add_over_ranks(gradients.div_(world()))
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(gradients)
+    return done
+
+
 def averaging(model: nn.Module) -> nn.Module:
     """`model` with its gradients averaged over the ranks in the backward pass; itself when this process trains alone.
 
@@ -44,12 +75,15 @@ def averaging(model: nn.Module) -> nn.Module:
         if type(module) in _GLOBAL:
             module.__class__ = _GLOBAL[type(module)]
     device = next(model.parameters()).device
-    return DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         forward_sync_buffers=False,  # `average_buffers` takes the ranks' statistics together, where this would keep one's
     )
+    if _shared_by_ranks() is not None:
+        wrapped.register_comm_hook(None, _average_bucket)
+    return wrapped
 
 
 def alone_again(model: nn.Module) -> None:
@@ -100,7 +134,7 @@ class _Normalised(torch.autograd.Function):
         dims = [0, *range(2, x.ndim)]
         rows = x.new_tensor([x.numel() / x.shape[1]])
         sums = torch.cat([x.sum(dims), (x * x).sum(dims), rows])
-        dist.all_reduce(sums)
+        add_over_ranks(sums)
         channels, count = x.shape[1], sums[-1]
         mean = sums[:channels] / count
         var = (sums[channels:-1] / count - mean * mean).clamp_(min=0)
@@ -114,7 +148,7 @@ class _Normalised(torch.autograd.Function):
         d_bias = dy.sum(dims)
         d_weight = ((dy * x).sum(dims) - mean * d_bias) * inverse
         sums = torch.cat([d_bias, d_weight])
-        dist.all_reduce(sums)
+        add_over_ranks(sums)
         by_bias, by_weight = (sums / count).chunk(2)
         scale = inverse if weight is None else inverse * weight
         # (dy - by_bias - normalised * by_weight) * scale, with as few passes over the whole tensor as it takes.

@@ -1,0 +1,70 @@
+"""The proof that a model loads elsewhere: a fresh process, started while the training runs, that is told the model at its end.
+
+    with Elsewhere() as elsewhere:
+        ...train...
+        elsewhere.tell(model, file)
+        elsewhere.answer()
+
+Most of what a fresh process costs is importing, which passes meanwhile.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from cluster.models import load_model
+
+
+class Elsewhere:
+    """A process that has imported what predicting needs and waits for a model; it ends with the `with` block."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "cluster.elsewhere"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is answered by the process that trains
+        )
+
+    def tell(self, model: str, file: Path) -> None:
+        """Have it load `model` and predict `file`."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([model, str(file)]) + "\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> tuple[str, float]:
+        """The label and its probability. RuntimeError when the model cannot be loaded there."""
+        answer, errors = self._process.communicate()
+        if self._process.returncode:
+            raise RuntimeError(f"the model cannot be loaded back:\n{errors}")
+        label, probability = json.loads(answer)
+        return label, probability
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def _predict_when_told() -> None:
+    os.nice(19)  # what trains comes first
+    import torchvision  # noqa: F401
+
+    told = sys.stdin.readline()
+    if not told:  # the other process has ended
+        return
+    model, file = json.loads(told)
+    (found,) = load_model(model).predict([Path(file)])
+    print(json.dumps([found.label, found.probability]))
+
+
+if __name__ == "__main__":
+    _predict_when_told()
