@@ -1,20 +1,23 @@
 """`DataBlock`: what the data is, in fastai's words. With a source it becomes a `Plan`; carried out, `DataLoaders`."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from blocks.errors import DataError
-from blocks.plan import BatchSide, Column, Encode, Fit, Plan, Read, Split, listing_of
-from blocks.splits import LEFT_OUT, TRAIN, VALID, RandomSplitter, Rows, Splitter, as_splitter
+from blocks.plan import BatchSide, Column, Encode, Fit, Plan, Read, Split, empty_part, the_item
+from blocks.rows import Rows
+from blocks.sources import Source, SourceItems, source_of
+from blocks.splits import LEFT_OUT, TRAIN, VALID, RandomSplitter, Splitter, as_splitter
 from blocks.transform import Pipeline, RandTransform, TransformLike
 
 if TYPE_CHECKING:
     from blocks.dataloaders import DataLoaders
 
+SPLIT_ROWS = 65_536  # at a time
 
 Getter = Callable[[Any], Any]
 
@@ -26,10 +29,6 @@ class TransformBlock:
     type_tfms: tuple[TransformLike, ...] = ()
     item_tfms: tuple[TransformLike, ...] = ()
     batch_tfms: tuple[TransformLike, ...] = ()
-
-
-def the_item(item: Any) -> Any:
-    return item
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class DataBlock:
     """
 
     blocks: Sequence[TransformBlock]
-    get_items: Callable[[Any], Iterable[Any]] = the_item
+    get_items: Callable[[Any], Any] | None = None
     get_x: Getter | Sequence[Getter] = the_item
     get_y: Getter | Sequence[Getter] = the_item
     splitter: Splitter | Callable[[Sequence[Any]], tuple[Sequence[int], Sequence[int]]] = field(default_factory=RandomSplitter)
@@ -84,38 +83,33 @@ class DataBlock:
     def plan(self, source: Any) -> Plan:
         """The frozen stages by which `source` becomes batches. Lists the source; opens no item.
 
+        source: what `get_items` takes; without it a table (a CSV or Parquet file, several, a folder of them, by path or
+        URL; a DataFrame; an Arrow table), whose rows are the items, or the items themselves.
         DataError when it is not there, holds no items, or a part is empty.
         """
-        root = Path(source).absolute() if isinstance(source, str | Path) else None
-        items = list(self.get_items(source))
-        if not items:
+        found = source_of(source if self.get_items is None else self.get_items(source), source)
+        if not found.rows:
+            how = f"{getattr(self.get_items, '__name__', 'get_items')} found nothing there" if self.get_items else "it is empty"
             raise DataError(
-                f"no items in {str(source)[:200]!r}: {getattr(self.get_items, '__name__', 'get_items')} found nothing there. "
-                "Check the path, and that the files have the endings it looks for"
+                f"no items in {str(source)[:200]!r}: {how}. Check the path, and that the files have the endings it looks for"
             )
-        listing = listing_of(items, root)
-        part = as_splitter(self.splitter).parts(Rows(listing["id"], items))
-        train, valid, left_out = (int((part == p).sum()) for p in (TRAIN, VALID, LEFT_OUT))
-        _check_split(train, valid, left_out)
-        listing = listing.append_column("part", pa.array(part)).filter(pa.array(part != LEFT_OUT))
-        item_tfms = Pipeline.of(self.item_tfms) + Pipeline.of(t for b in self.blocks for t in b.item_tfms)
-        batch_tfms = Pipeline.of(self.batch_tfms) + Pipeline.of(t for b in self.blocks for t in b.batch_tfms)
+        parts = _parts(as_splitter(self.splitter), found)
+        columns, item_tfms = self._columns(), _item_side(self)
         once, each_epoch = _sides(item_tfms)
-        columns = self._columns()
-        fits = [
-            Fit(c.name, position)
-            for c in columns
-            for position, t in enumerate(c.type_tfms.transforms)
-            if t.summary is not None and not t.fitted
-        ]
+        if each_epoch.transforms and not any(t.fixes_size for t in once.transforms):
+            # Pictures of any size: the files are much smaller than their pixels.
+            columns = tuple(replace(c, keeps_file=_opens_file(c)) for c in columns)
+            if any(c.keeps_file for c in columns):
+                once, each_epoch = Pipeline(), item_tfms
         return Plan(
-            listing=listing,
+            source=found,
+            parts=parts,
             stages=(
-                Read(str(root or type(source).__name__), self.get_items),
-                Split(self.splitter, train, valid, left_out),
-                *fits,
+                Read(found.name, self.get_items or the_item),
+                Split(self.splitter, *(() if parts is None else (int((parts == p).sum()) for p in (TRAIN, VALID, LEFT_OUT)))),
+                *(f for c in columns for f in _fits(c)),
                 Encode(columns, once, each_epoch, self._inputs),
-                BatchSide(batch_tfms),
+                BatchSide(Pipeline.of(self.batch_tfms) + Pipeline.of(t for b in self.blocks for t in b.batch_tfms)),
             ),
         )
 
@@ -149,11 +143,35 @@ def _sides(item_tfms: Pipeline) -> tuple[Pipeline, Pipeline]:
     return Pipeline(tfms[:first]), Pipeline(tfms[first:])
 
 
-def _check_split(train: int, valid: int, left_out: int) -> None:
-    for name, part in (("training", train), ("validation", valid)):
-        if not part:
-            left = f" ({left_out} are left out)" if left_out else ""
-            raise DataError(
-                f"the {name} part is empty: the splitter put all {train + valid} rows into the other{left}. Give another seed "
-                "or fraction, or more rows"
-            )
+def _item_side(block: DataBlock) -> Pipeline:
+    return Pipeline.of(block.item_tfms) + Pipeline.of(t for b in block.blocks for t in b.item_tfms)
+
+
+def _opens_file(column: Column) -> bool:
+    return any(t.opens_file for t in column.type_tfms.transforms[:1])
+
+
+def _fits(column: Column) -> list[Fit]:
+    to_fit = [i for i, t in enumerate(column.type_tfms.transforms) if t.summary is not None and not t.fitted]
+    return [Fit(column.name, position, depth) for depth, position in enumerate(to_fit, 1)]
+
+
+def _parts(splitter: Splitter, source: Source) -> np.ndarray | None:
+    # A table is split in the tasks that read it, but for splitters that must see all rows at once.
+    if splitter.needs_all:
+        ids = pa.concat_arrays(rows.ids for rows in _blocks(source))
+        parts = splitter.parts(Rows(ids, SourceItems(source), 0, source.rows))
+    elif source.kind == "rows":
+        return None
+    else:
+        parts = np.concatenate([splitter.parts(replace(rows, total=source.rows)) for rows in _blocks(source)])
+    for name, part in (("training", TRAIN), ("validation", VALID)):
+        if not (parts == part).any():
+            left_out = int((parts == LEFT_OUT).sum())
+            left = f" and left {left_out} out" if left_out else ""
+            raise DataError(empty_part(name, f"the splitter put all {source.rows - left_out} rows into the other{left}"))
+    return parts
+
+
+def _blocks(source: Source) -> Iterator[Rows]:
+    return (rows for piece in source.pieces(SPLIT_ROWS) for rows in piece.blocks(SPLIT_ROWS))

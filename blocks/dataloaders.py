@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from blocks.encode import encode_sample
 from blocks.feed import Batch, Feed
 from blocks.plan import Encode, Plan
-from blocks.prepare import encode_sample
 from blocks.prepared import Prepared
 from blocks.splits import TRAIN, VALID
 from blocks.transform import Pipeline

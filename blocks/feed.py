@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from blocks.draws import sample_keys
+from blocks.encode import finish_sample
 from blocks.errors import UserError
 from blocks.gather import Epoch, Shard, Shards, Share, collate, stored_sample
 from blocks.lanes import LANES, Lanes
-from blocks.prepare import finish_sample
 from blocks.prepared import Prepared
 from blocks.resident import Resident, Windows
 from blocks.streams import Streams, StreamSamples

@@ -1,26 +1,24 @@
 """`Plan`: what a DataBlock and a source become. Frozen stages in order, plain data that knows no engine.
 
 Read -> Split -> Fit (one for each thing to learn) -> Encode   once, kept under the fingerprint
+the random part of Encode                                      each epoch, as rows are drawn
 BatchSide                                                      each batch, on the device
 """
 
-import contextlib
-import os
-import pickle
+import html
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, assert_never
 
-import pyarrow as pa
+import numpy as np
 
 from blocks.fingerprint import NotFingerprintable, fingerprint, versions
+from blocks.rows import Rows
+from blocks.sources import Piece, Source
+from blocks.splits import LEFT_OUT, TRAIN, Splitter, as_splitter
 from blocks.transform import Pipeline, Transform, transform_from_plain
-
-ITEMS_KEY = b"fastray.items"
-LONGEST_PATH = 4096
 
 
 @dataclass(frozen=True)
@@ -33,11 +31,11 @@ class Read:
 
 @dataclass(frozen=True)
 class Split:
-    """Say which rows train and which validate."""
+    """Say which rows train and which validate. train, valid: how many, where the driver counts them; else the tasks do."""
 
     splitter: Any
-    train: int
-    valid: int
+    train: int | None = None
+    valid: int | None = None
     left_out: int = 0
 
 
@@ -47,6 +45,7 @@ class Fit:
 
     column: str
     position: int  # of the transform among the column's
+    depth: int = 1  # of the pass over the training part: 2 needs what 1 found
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class Column:
     name: str
     getter: Callable[[Any], Any]
     type_tfms: Pipeline
+    keeps_file: bool = False  # the encoded file is stored, and opened each epoch: its size is random, its pixels are many
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,39 @@ class BatchSide:
 Stage = Read | Split | Fit | Encode | BatchSide
 
 
+@dataclass(frozen=True)
+class Work:
+    """What one task is given: a piece of the source, and what says which of its rows train.
+
+    parts: of the piece's rows, or the splitter to ask. total: the rows of the source. moved: the ids of validation rows that
+    train instead.
+    """
+
+    piece: Piece
+    parts: np.ndarray | Splitter
+    total: int
+    moved: frozenset[str] = frozenset()
+
+    def blocks(self, most: int) -> Iterator[tuple[Rows, np.ndarray]]:
+        """At most `most` rows at a time with their parts (uint8), without those that are in neither part."""
+        for found in self.piece.blocks(most):
+            rows = replace(found, total=self.total)
+            start = rows.first - self.piece.first
+            parts = self.parts.parts(rows) if isinstance(self.parts, Splitter) else self.parts[start : start + len(rows)]
+            if self.moved:
+                moved = np.array([str(i) in self.moved for i in rows.ids.to_pylist()], bool)
+                parts = np.where(moved, np.uint8(TRAIN), parts)
+            used = parts != LEFT_OUT
+            if used.any():
+                yield rows.where(used), parts[used]
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """`listing`: one row an item (id, item, size, mtime_ns, part: 0 train, 1 valid), in the order of the store."""
+    """The source, the part of each of its rows where the driver has split them, and the stages."""
 
-    listing: pa.Table
+    source: Source
+    parts: np.ndarray | None
     stages: tuple[Stage, ...]
 
     def stage(self, kind: type[Any]) -> Any:
@@ -126,10 +154,18 @@ class Plan:
     def batch_tfms(self) -> Pipeline:
         return self.stage(BatchSide).batch_tfms
 
-    def to_fit(self) -> list[tuple[Column, int]]:
-        """The columns with something to learn from the data, and where among their transforms."""
-        by_name = {c.name: c for c in self.columns}
-        return [(by_name[s.column], s.position) for s in self.stages if isinstance(s, Fit)]
+    def passes(self) -> list[list[Fit]]:
+        """What there is to learn from the data, by the pass over the training part that learns it."""
+        fits = [s for s in self.stages if isinstance(s, Fit)]
+        return [[f for f in fits if f.depth == depth] for depth in sorted({f.depth for f in fits})]
+
+    def work(self, rows: int, moved: frozenset[str] = frozenset()) -> list[Work]:
+        """The source in pieces of about `rows` rows, each with what says which rows train."""
+        splitter, parts = as_splitter(self.stage(Split).splitter), self.parts
+        return [
+            Work(p, splitter if parts is None else parts[p.first : p.first + p.rows], self.source.rows, moved)
+            for p in self.source.pieces(rows)
+        ]
 
     def encode_with(self, fitted: Sequence[dict[str, Any]], layout: Sequence[str] = ()) -> Encode:
         """The encoding stage with the fitted transforms, given as plain data by column and position, in their places."""
@@ -149,11 +185,8 @@ class Plan:
 
     def _what_shapes_the_store(self) -> list[Any]:
         # What happens to each batch leaves the store as it is, so it may change without preparing anything again.
-        # A file's content counts by its size and time, another item's by itself.
-        files = self.listing.schema.metadata[ITEMS_KEY] == b"paths"
-        items = None if files else items_in(self.listing)
-        listing = self.listing.drop_columns(["item"])
-        return [versions(), listing, items, *(s for s in self.stages if not isinstance(s, BatchSide))]
+        parts = None if self.parts is None else self.parts.tobytes()
+        return [versions(), self.source.identity, parts, *(s for s in self.stages if not isinstance(s, BatchSide))]
 
     @property
     def fingerprint(self) -> str:
@@ -166,79 +199,97 @@ class Plan:
         return self._identity[1]
 
     def explain(self, prepared: Any = None) -> str:
-        """One line a stage: what, where, once or per batch, rows and bytes; with `prepared`, what came of it."""
-        lines = [f"plan {self.fingerprint}" + (f" (not kept across runs: {self.unkept})" if self.unkept else "")]
-        lines += [f"  {name:<7} {when:<11} {what}" for name, when, what in self._explained(prepared)]
-        return "\n".join(lines)
+        """One line a stage: what, how often, where, rows and bytes; with `prepared`, what came of it."""
+        return str(self.explained(prepared))
 
-    def _explained(self, prepared: Any) -> Iterator[tuple[str, str, str]]:
+    def explained(self, prepared: Any = None) -> "Explained":
+        """What `explain` prints, as a value: a table in a notebook, `to_json` for a program."""
+        return Explained(self.fingerprint, self.unkept, tuple(self._steps(prepared)))
+
+    def _repr_html_(self) -> str:
+        return self.explained()._repr_html_()
+
+    def _steps(self, prepared: Any) -> Iterator["Step"]:
         fitted = {} if prepared is None else {c.name: c.type_tfms for c in prepared.encode.columns}
         for stage in self.stages:
             match stage:
                 case Read(source, get_items):
-                    size = sum(s or 0 for s in self.listing["size"].to_pylist())
-                    yield (
-                        "read",
-                        "once",
-                        f"{self.listing.num_rows} items, {_bytes(size)}, {_name(get_items)} of {source}",
+                    how = f"{_name(get_items)} of {source}" if get_items is not the_item else source
+                    yield Step(
+                        "read", "once", "tasks", f"{self.source.rows} {self.source.kind}, {size(self.source.nbytes)}, {how}"
                     )
                 case Split(splitter, train, valid, left_out):
+                    where = "driver" if self.parts is not None else "tasks"
                     if prepared is not None:  # once lone classes have moved and bad rows are gone
                         train, valid = prepared.index["parts"]["train"], prepared.index["parts"]["valid"]
+                    counted = "counted as they are read" if train is None else f"{train} training rows, {valid} validation rows"
                     left = f", {left_out} rows left out" if left_out else ""
-                    yield "split", "once", f"{_name(splitter)}: {train} training rows, {valid} validation rows{left}"
-                case Fit(column, position):
+                    yield Step("split", "once", where, f"{_name(splitter)}: {counted}{left}")
+                case Fit(column, position, depth):
                     tfm = next(c for c in self.columns if c.name == column).type_tfms.transforms[position]
                     state = f" = {_state(fitted[column].transforms[position])}" if column in fitted else ""
-                    yield "fit", "once", f"{column}: {type(tfm).__name__} on the training part, one pass{state}"
+                    what = f"{column}: {type(tfm).__name__} on the training part, pass {depth}{state}"
+                    yield Step("fit", "once", "tasks", what)
                 case Encode(columns, item_tfms, each_epoch):
                     for c in columns:
-                        yield "encode", "once", f"{c.name}: {_name(c.getter)} -> {c.type_tfms}"
-                    yield "encode", "once", f"sample: {item_tfms}"
+                        kept = "the encoded file" if c.keeps_file else c.type_tfms
+                        yield Step("encode", "once", "tasks", f"{c.name}: {_name(c.getter)} -> {kept}")
+                    yield Step("encode", "once", "tasks", f"sample: {item_tfms}")
                     if prepared is not None:
-                        yield "store", "once", prepared.described()
+                        yield Step("store", "once", "disk", prepared.described())
                     if each_epoch.transforms:
-                        yield "sample", "each epoch", f"{each_epoch}, drawn anew by (seed, epoch, row)"
+                        opened = "".join(f"{c.name}: {c.type_tfms}; " for c in columns if c.keeps_file)
+                        what = f"{opened}{each_epoch}, drawn anew by (seed, epoch, row)"
+                        yield Step("sample", "each epoch", "feed", what)
                 case BatchSide(batch_tfms):
-                    yield "batch", "each batch", f"{batch_tfms}, on the model's device"
+                    yield Step("batch", "each batch", "device", f"{batch_tfms}")
                 case _:
                     assert_never(stage)
 
 
-def listing_of(items: Sequence[Any], root: Path | None) -> pa.Table:
-    """One row an item: its id (a path relative to the source's root, else its position), itself, size and mtime."""
-    paths = all(isinstance(item, Path) for item in items)
-    stats = [_stat(item) for item in items]
-    return pa.table(
-        {
-            "id": [_relative(item, root) if paths else str(i) for i, item in enumerate(items)],
-            # Anything else travels as it is, from the driver to the tasks of the same run.
-            "item": [str(item) for item in items] if paths else [pickle.dumps(item) for item in items],
-            "size": pa.array([size for size, _ in stats], pa.int64()),
-            "mtime_ns": pa.array([mtime for _, mtime in stats], pa.int64()),
-        }
-    ).replace_schema_metadata({ITEMS_KEY: b"paths" if paths else b"pickled"})
+@dataclass(frozen=True)
+class Step:
+    """One line of `explain`."""
+
+    stage: str
+    when: str  # once, each epoch, each batch
+    where: str  # driver, tasks, disk, feed, device
+    what: str
 
 
-def _stat(item: Any) -> tuple[int, int]:
-    # Of a file; one that is not there is found out when it is read. A text may name a file, or be data itself.
-    if isinstance(item, Path) or (isinstance(item, str) and len(item) < LONGEST_PATH):
-        with contextlib.suppress(OSError, ValueError):
-            found = os.stat(item)
-            return found.st_size, found.st_mtime_ns
-    return 0, 0
+@dataclass(frozen=True)
+class Explained:
+    """What a plan does, step by step. unkept: why it cannot be recognised in a later run, or None."""
+
+    fingerprint: str
+    unkept: str | None
+    steps: tuple[Step, ...]
+
+    def _title(self) -> str:
+        return f"plan {self.fingerprint}" + (f" (not kept across runs: {self.unkept})" if self.unkept else "")
+
+    def __str__(self) -> str:
+        lines = [f"  {s.stage:<7} {s.when:<11} {s.where:<7} {s.what}" for s in self.steps]
+        return "\n".join([self._title(), *lines])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(v)}</td>' for v in asdict(s).values())}</tr>" for s in self.steps)
+        head = "".join(f"<th>{name}</th>" for name in ("stage", "when", "where", "what"))
+        return f"<table><caption>{html.escape(self._title())}</caption><tr>{head}</tr>{rows}</table>"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: fingerprint, unkept, steps."""
+        return asdict(self)
 
 
-def items_in(rows: pa.Table) -> list[Any]:
-    """The items of some rows of a listing, as `get_items` gave them."""
-    items: list[Any] = rows["item"].to_pylist()
-    if rows.schema.metadata[ITEMS_KEY] == b"paths":
-        return [Path(item) for item in items]
-    return [pickle.loads(item) for item in items]  # noqa: S301  the driver's own, of this run
+def the_item(item: Any) -> Any:
+    """The item as it is: the getter of a block that is given none."""
+    return item
 
 
-def _relative(path: Path, root: Path | None) -> str:
-    return path.relative_to(root).as_posix() if root and path.is_relative_to(root) else path.as_posix()
+def empty_part(name: str, why: str) -> str:
+    """The message for a part without rows."""
+    return f"the {name} part is empty: {why}. Give the splitter another seed or fraction, or more rows"
 
 
 def _name(f: Any) -> str:
@@ -250,7 +301,8 @@ def _state(t: Transform) -> str:
     return "; ".join(f"{len(v)} values ({', '.join(map(str, v[:10]))}{', ...' if len(v) > 10 else ''})" for v in values)
 
 
-def _bytes(n: float) -> str:
+def size(n: float) -> str:
+    """Bytes for a person: 12.3 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
             return f"{n:.3g} {unit}" if unit != "B" else f"{n:.0f} B"

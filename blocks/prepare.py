@@ -1,48 +1,43 @@
 """Carrying a plan out: fit what has to be fitted, encode every item once, keep the shards under the fingerprint.
 
-The work is functions from an Arrow table of items to an Arrow table of what came of them, and `map_blocks` says who
-runs them over the parts of the listing: this process (`map_here`), or Ray Data's tasks (`cluster.data`).
+The work is functions from a piece of the source to an Arrow table of what came of it, and `map_work` says who runs them
+over all pieces: this process (`map_here`), or Ray Data's tasks (`cluster.data`).
 """
 
-import contextlib
 import errno
 import json
-import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
 from blocks.cache import INDEX, make_room, place_of, unfinished
-from blocks.errors import DataError, UnreadableRow, UserError
-from blocks.plan import Column, Encode, Plan, Read, items_in
+from blocks.encode import encode_rows
+from blocks.errors import DataError, UserError
+from blocks.fit import MapWork, fit, spread
+from blocks.plan import Encode, Plan, Work, empty_part
 from blocks.prepared import Prepared
-from blocks.shards import SAME_SIZE, described_field, typed_column, write_shard
-from blocks.splits import TRAIN, VALID
+from blocks.rows import Rows
+from blocks.shards import SAME_SIZE, described_field, write_shard
 from blocks.storage import is_url, joined, put
-from blocks.transform import Pipeline
-
-TableFunction = Callable[[pa.Table], pa.Table]
-MapBlocks = Callable[[TableFunction, Sequence[pa.Table]], Iterable[pa.Table]]
 
 SHARD_BYTES = 32_000_000
-FEWEST_ROWS = 64  # in a shard, where the data allows: below it, the price of a task outweighs its work
-SHARDS_AT_LEAST = 8  # so that a small data set still spreads over some cores
+MEASURED_ROWS = 8
 
 
-def map_here(function: TableFunction, tables: Sequence[pa.Table]) -> Iterator[pa.Table]:
-    """`function` of each table, one after the other, in this process."""
-    return map(function, tables)
+def map_here(function: Callable[[Any], pa.Table], work: Sequence[Any]) -> Iterator[pa.Table]:
+    """`function` of each piece of work, one after the other, in this process."""
+    return map(function, work)
 
 
-def prepare(plan: Plan, *, map_blocks: MapBlocks = map_here, max_bad_rows: int = 0, cache: str = "disk") -> Prepared:
+def prepare(plan: Plan, *, map_work: MapWork = map_here, max_bad_rows: int = 0, cache: str = "disk") -> Prepared:
     """Carry `plan` out, or find it carried out already by its fingerprint.
 
     cache: "disk" keeps the result below the cache folder or at its URL, "memory" in a tmpfs folder, "off" until this process
@@ -55,10 +50,10 @@ def prepare(plan: Plan, *, map_blocks: MapBlocks = map_here, max_bad_rows: int =
         found = Prepared.open(place.home / plan.fingerprint, plan, True, place.url and joined(place.url, plan.fingerprint))
         if found is not None:
             check_bad_rows(found.index["bad_rows"], max_bad_rows)
-            return _mended(found, plan, map_blocks)
+            return _mended(found, plan, map_work)
     try:
         with unfinished(place, plan.fingerprint, lasting) as made:
-            folder = made.finish(_carry_out(plan, made.where, map_blocks, max_bad_rows))
+            folder = made.finish(_carry_out(plan, made.where, map_work, max_bad_rows))
             prepared = Prepared.open(folder, plan, False, place.url and joined(place.url, folder.name))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -71,35 +66,33 @@ def prepare(plan: Plan, *, map_blocks: MapBlocks = map_here, max_bad_rows: int =
     return prepared
 
 
-def _carry_out(plan: Plan, where: str, map_blocks: MapBlocks, max_bad_rows: int) -> dict[str, Any]:
+def _carry_out(plan: Plan, where: str, map_work: MapWork, max_bad_rows: int) -> dict[str, Any]:
     # The shards are written to `where`; returns the index that describes them.
     began = time.perf_counter()
-    listing, moved, fitted = _fit(plan, map_blocks)
+    fitted, moved = fit(plan, map_work)
     encode = plan.encode_with(fitted)
-    shard_rows = _rows_per_shard(encode, listing)
-    reports = [
-        r for t in map_blocks(partial(encode_to_shard, encode, where), _numbered(listing, shard_rows)) for r in t.to_pylist()
-    ]
+    shard_rows = _rows_per_shard(plan, encode)
+    work = plan.work(shard_rows, moved)
+    reports = [r for t in map_work(partial(encode_to_shards, encode, where, shard_rows), work) for r in t.to_pylist()]
     reports.sort(key=lambda report: report["file"])
     bad_rows = [bad for report in reports for bad in json.loads(report.pop("bad_rows"))]
     check_bad_rows(bad_rows, max_bad_rows)
     shards = [report for report in reports if report["rows"]]
     if not shards:
-        raise DataError(f"none of the {listing.num_rows} rows could be read")
+        raise DataError(f"none of the {plan.source.rows} rows could be read")
     _check_written_here(where, shards)
     parts = {name: sum(report[name] for report in reports) for name in ("train", "valid")}
     for name, part in (("training", parts["train"]), ("validation", parts["valid"])):
         if not part:
             raise DataError(
-                f"the {name} part is empty once {len(bad_rows)} unreadable rows and those of classes with one item are taken "
-                "out of it: give another seed or fraction, or more rows"
+                empty_part(name, f"{len(bad_rows)} unreadable rows and those of classes with one item are taken out of it")
             )
     kinds = {report.pop("columns"): report.pop("names") for report in shards}
     if len(kinds) > 1:
         first, other = list(kinds)[:2]
         raise DataError(f"some files end up as {first}, others as {other}: {SAME_SIZE}")
     return {
-        "source": plan.stage(Read).source,
+        "source": plan.source.name,
         "columns": json.loads(next(iter(kinds.values()))),
         "shards": shards,
         "shard_rows": shard_rows,
@@ -121,7 +114,7 @@ def _check_written_here(where: str, shards: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def _mended(found: Prepared, plan: Plan, map_blocks: MapBlocks) -> Prepared:
+def _mended(found: Prepared, plan: Plan, map_work: MapWork) -> Prepared:
     # Shards that are missing or damaged are made again from the rows they came from, and that is said.
     damaged = found.damaged()
     if not damaged:
@@ -134,11 +127,14 @@ def _mended(found: Prepared, plan: Plan, map_blocks: MapBlocks) -> Prepared:
         f"again: {listed}",
         stacklevel=3,
     )
-    listing = _moved_to_training(plan.listing, set(found.index["moved"]))
-    blocks = [block for block in _numbered(listing, found.index["shard_rows"]) if _file(block) in names]
+    positions = [int(PurePosixPath(name).stem) for name in names]
+    rows = found.index["shard_rows"]
+    pieces = plan.work(rows, frozenset(found.index["moved"]))
+    work = [w for w in pieces if any(w.piece.first <= p < w.piece.first + w.piece.rows for p in positions)]
     run = PurePosixPath(shards[0]["file"]).parent.name  # below the URL; in a folder there is none
     where = joined(found.url, run) if found.url else str(found.folder)
-    made = {r["file"]: r for t in map_blocks(partial(encode_to_shard, found.encode, where), blocks) for r in t.to_pylist()}
+    again = partial(encode_to_shards, found.encode, where, rows)
+    made = {r["file"]: r for table in map_work(again, work) for r in table.to_pylist()}
     for i, name in zip(damaged, names, strict=True):
         if made[name]["rows"] != shards[i]["rows"]:
             raise DataError(
@@ -164,156 +160,45 @@ def check_bad_rows(bad_rows: Sequence[dict[str, str]], most: int) -> None:
     )
 
 
-# --- fitting -----------------------------------------------------------------------------------------------------------
-
-
-def _fit(plan: Plan, map_blocks: MapBlocks) -> tuple[pa.Table, set[str], list[dict[str, Any]]]:
-    # The listing with its final parts, the rows moved for it, and the state of each fitted transform as plain data.
-    listing = plan.listing
-    to_fit = plan.to_fit()
-    fitted: list[dict[str, Any]] = []
-    all_moved: set[str] = set()
-    if not to_fit:
-        return listing, all_moved, fitted
-    blocks = _sliced(listing, max(FEWEST_ROWS, math.ceil(listing.num_rows / SHARDS_AT_LEAST)))
-    seen: dict[tuple[int, int], Any] = {}
-    for table in map_blocks(partial(observe, to_fit), blocks):
-        for row in table.to_pylist():
-            key = (row["fit"], row["part"])
-            summary = _summary(to_fit[row["fit"]]).from_plain(json.loads(row["summary"]))
-            if key in seen:
-                seen[key].merge(summary)
-            else:
-                seen[key] = summary
-    for number, (column, position) in enumerate(to_fit):
-        train, valid = seen[number, TRAIN], seen[number, VALID]
-        fresh = replace(column.type_tfms.transforms[position])
-        moved = fresh.setups(train, valid)
-        all_moved |= moved
-        listing = _moved_to_training(listing, moved)
-        fitted.append({"column": column.name, "position": position, "transform": fresh.to_plain()})
-    return listing, all_moved, fitted
-
-
-def _summary(fit: tuple[Column, int]) -> Any:
-    column, position = fit
-    return column.type_tfms.transforms[position].summary
-
-
-def observe(to_fit: Sequence[tuple[Column, int]], rows: pa.Table) -> pa.Table:
-    """What some rows of the listing tell each transform to fit: one row a (fit, part), the summary as JSON."""
-    found = []
-    parts = rows["part"].to_pylist()
-    samples = list(zip(rows["id"].to_pylist(), parts, items_in(rows), strict=True))
-    for number, (column, position) in enumerate(to_fit):
-        summaries = {part: _summary((column, position))() for part in (TRAIN, VALID)}
-        before = Pipeline(column.type_tfms.transforms[:position])
-        for row_id, part, item in samples:
-            # What cannot be read is counted when it is encoded.
-            with contextlib.suppress(UnreadableRow), _naming(row_id, column.name):
-                summaries[part].observe(before(column.getter(item)), row_id)
-        found += [{"fit": number, "part": part, "summary": json.dumps(s.to_plain())} for part, s in summaries.items()]
-    return pa.Table.from_pylist(found)
-
-
-def _moved_to_training(listing: pa.Table, row_ids: set[str]) -> pa.Table:
-    if not row_ids:
-        return listing
-    old = zip(listing["id"].to_pylist(), listing["part"].to_pylist(), strict=True)
-    parts = pa.array([TRAIN if row_id in row_ids else part for row_id, part in old], pa.uint8())
-    return listing.set_column(listing.schema.get_field_index("part"), "part", parts)
-
-
 # --- encoding ----------------------------------------------------------------------------------------------------------
 
 
-def encode_sample(encode: Encode, row_id: str, item: Any, part: int = VALID) -> tuple[Any, ...]:
-    """One item of a part as the values of its blocks: what is stored of it."""
-    values = []
-    for column in encode.columns:
-        with _naming(row_id, column.name):
-            values.append(column.type_tfms(column.getter(item)))
-    with _naming(row_id, "item_tfms"):
-        return encode.item_tfms(tuple(values), split_idx=part)
+def encode_to_shards(encode: Encode, where: str, most: int, work: Work) -> pa.Table:
+    """Encode the rows of one piece and write a shard for each `most` of them; returns a row a shard that says what is in it."""
+    reports = [_written(encode, where, rows, parts) for rows, parts in work.blocks(most)]
+    return pa.Table.from_pylist(reports, REPORT)
 
 
-def finish_sample(encode: Encode, values: Sequence[Any], key: torch.Tensor, split_idx: int) -> tuple[Any, ...]:
-    """What the item transforms of each epoch make of the stored values of one row, as the columns of a batch.
-
-    key: int64 (1,), what the row draws its random numbers by (`blocks.draws`).
-    """
-    finished = encode.each_epoch(encode.nested(values), split_idx=split_idx, keys=key)
-    return tuple(encode.flat(finished).values())
+REPORT = pa.schema(
+    {name: pa.string() for name in ("file", "columns", "names", "bad_rows")}
+    | {name: pa.int64() for name in ("rows", "bytes", "crc32", "train", "valid")}
+)
 
 
-def encode_rows(encode: Encode, rows: pa.Table) -> tuple[pa.Table | None, list[dict[str, str]]]:
-    """Some rows of the listing as the typed columns id, part, x, y, and the rows that could not be read."""
-    samples, ids, parts, bad = [], [], [], []
-    for row_id, part, item in zip(rows["id"].to_pylist(), rows["part"].to_pylist(), items_in(rows), strict=True):
-        try:
-            samples.append(encode.flat(encode_sample(encode, row_id, item, part)))
-        except UnreadableRow as unreadable:
-            bad.append({"id": row_id, "reason": str(unreadable)})
-        else:
-            ids.append(row_id)
-            parts.append(part)
-    if not samples:
-        return None, bad
-    names = samples[0].keys()
-    odd = next((i for i, s in zip(ids, samples, strict=True) if s.keys() != names), None)
-    if odd is not None:
-        raise DataError(f"the row {odd!r} becomes other columns than {ids[0]!r}: a block must give each row as many values")
-    typed = [typed_column(name, [s[name] for s in samples]) for name in names]
-    fields = [pa.field("id", pa.string()), pa.field("part", pa.uint8()), *(f for f, _ in typed)]
-    arrays = [pa.array(ids, pa.string()), pa.array(parts, pa.uint8()), *(a for _, a in typed)]
-    return pa.Table.from_arrays(arrays, schema=pa.schema(fields)), bad
-
-
-def encode_to_shard(encode: Encode, where: str, rows: pa.Table) -> pa.Table:
-    """Encode the rows of one block and write them as its shard; returns one row that says what was written."""
-    table, bad = encode_rows(encode, rows)
-    nothing = {"file": _file(rows), "rows": 0, "bytes": 0, "crc32": 0}
+def _written(encode: Encode, where: str, rows: Rows, parts: np.ndarray) -> dict[str, Any]:
+    table, bad = encode_rows(encode, rows, parts)
+    nothing = {"file": _file(rows.first), "rows": 0, "bytes": 0, "crc32": 0}
     valid = 0 if table is None else int(pc.sum(table["part"]).as_py())
     columns = "" if table is None else ", ".join(f"{f.name}: {described_field(f)}" for f in list(table.schema)[2:])
-    report = {
-        **(nothing if table is None else write_shard(where, _file(rows), table)),
+    return {
+        **(nothing if table is None else write_shard(where, _file(rows.first), table)),
         "train": 0 if table is None else table.num_rows - valid,
         "valid": valid,
         "columns": columns,
         "names": json.dumps([] if table is None else table.column_names[2:]),
         "bad_rows": json.dumps(bad),
     }
-    return pa.Table.from_pylist([report])
 
 
-def _file(rows: pa.Table) -> str:
-    return f"{rows['block'][0].as_py():06d}.arrow"
+def _file(first: int) -> str:
+    # A shard is called by the position of its first row in the source.
+    return f"{first:012d}.arrow"
 
 
-def _numbered(listing: pa.Table, rows: int) -> list[pa.Table]:
-    blocks = enumerate(_sliced(listing, rows))
-    return [block.append_column("block", pa.array([i] * block.num_rows, pa.int32())) for i, block in blocks]
-
-
-def _rows_per_shard(encode: Encode, listing: pa.Table) -> int:
-    # Measured on the first row that can be read among the first few: all rows have the same size.
-    first, _ = encode_rows(encode, listing.slice(0, 8))
-    row_bytes = max(1, first.nbytes // first.num_rows) if first is not None else 1
-    spread = max(FEWEST_ROWS, math.ceil(listing.num_rows / SHARDS_AT_LEAST))
-    return max(1, min(SHARD_BYTES // row_bytes, spread))
-
-
-def _sliced(listing: pa.Table, rows: int) -> list[pa.Table]:
-    return [listing.slice(start, rows) for start in range(0, listing.num_rows, rows)]
-
-
-@contextlib.contextmanager
-def _naming(row_id: str, step: str) -> Iterator[None]:
-    """Name the row and the step in an error of the user's code."""
-    try:
-        yield
-    except UnreadableRow:
-        raise
-    except Exception as error:
-        error.add_note(f"while preparing {step!r} of the row {row_id!r}")
-        raise
+def _rows_per_shard(plan: Plan, encode: Encode) -> int:
+    # Measured on the first rows that can be read.
+    blocks = (block for work in plan.work(MEASURED_ROWS) for block in work.blocks(MEASURED_ROWS))
+    tables = (encode_rows(encode, *block)[0] for block in islice(blocks, 4))
+    table = next((t for t in tables if t is not None), None)
+    row_bytes = 1 if table is None else max(1, table.nbytes // table.num_rows)
+    return max(1, min(SHARD_BYTES // row_bytes, spread(plan.source.rows)))

@@ -6,7 +6,7 @@ once say so (`needs_all`). A function of the user's, from all items to two lists
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -17,43 +17,10 @@ import pyarrow.compute as pc
 
 from blocks.draws import sample_keys
 from blocks.errors import DataError
-from blocks.items import cell
+from blocks.rows import Rows
 
 TRAIN, VALID = 0, 1
 LEFT_OUT = 2  # in neither part: counted and said, never stored
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Some consecutive rows of a source.
-
-    ids: texts, or whole numbers where rows have no names. items: what get_items gave, or the table the rows are in.
-    first: the position of the first among the `total` rows of the source (None: these are all).
-    """
-
-    ids: Sequence[str] | Sequence[int] | np.ndarray | pa.Array | pa.ChunkedArray
-    items: Sequence[Any] | pa.Table
-    first: int = 0
-    total: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def positions(self) -> np.ndarray:
-        return np.arange(self.first, self.first + len(self))
-
-    def each(self) -> Iterable[Any]:
-        """The items one by one; the rows of a table as dicts."""
-        return self.items.to_pylist() if isinstance(self.items, pa.Table) else self.items
-
-    def column(self, name: str) -> pa.Array:
-        """A column of the table, or of the mappings or objects that the items are. DataError when there is none."""
-        if isinstance(self.items, pa.Table):
-            if name not in self.items.column_names:
-                raise DataError(f"there is no column {name!r}; there are {', '.join(self.items.column_names)}")
-            return self.items[name].combine_chunks()
-        return pa.array([cell(item, name) for item in self.items])
 
 
 class Splitter:

@@ -71,6 +71,8 @@ class Transform:
     order: ClassVar[int] = 0
     split_idx: ClassVar[int | None] = None
     summary: ClassVar[type[Summary] | None] = None  # what to observe of the training part; None: nothing to fit
+    opens_file: ClassVar[bool] = False  # makes a large value of a small file: a picture of a JPEG
+    fixes_size: ClassVar[bool] = False  # makes values of one size of values of any
 
     def __init_subclass__(cls, registered: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

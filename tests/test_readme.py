@@ -25,7 +25,7 @@ def test_python_blocks_run(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), vars(module))
     printed = capsys.readouterr().out
-    assert "1797 items" in printed
+    assert "1797 files" in printed
     assert re.search(r"^epoch 1/1  train loss .*images/s$", printed, flags=re.M)
     assert "epochs recorded" in printed
     assert "'lr': 0.003" in printed

@@ -17,7 +17,8 @@ from blocks import (
     Transform,
     TransformBlock,
 )
-from blocks.prepare import encode_sample, finish_sample, prepare
+from blocks.encode import encode_sample, finish_sample
+from blocks.prepare import prepare
 
 
 def number(x: Any) -> torch.Tensor:
@@ -150,7 +151,7 @@ def test_what_follows_a_random_item_transform_runs_each_epoch() -> None:
     stored = (number(4), number(4))
     assert [float(v) for v in finish_sample(prepared.encode, stored, torch.tensor([5]), 0)] == [18, 18]
     assert [float(v) for v in finish_sample(prepared.encode, stored, torch.tensor([5]), 1)] == [8, 8]
-    assert "sample  each epoch  Jitter(p=1.0) -> Double()" in plan.explain()
+    assert "sample  each epoch  feed    Jitter(p=1.0) -> Double()" in plan.explain()
 
 
 def test_item_transforms_for_training_only() -> None:

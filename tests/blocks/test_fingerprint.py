@@ -17,6 +17,7 @@ import pytest
 from blocks import (
     CategoryBlock,
     DataBlock,
+    EndSplitter,
     ImageBlock,
     Normalize,
     Plan,
@@ -343,7 +344,8 @@ def test_changed_files_named_by_text_change_the_fingerprint(folder: Path) -> Non
     """get_items may as well give names of files: glob.glob does."""
 
     def plan() -> Plan:
-        return planned(folder, get_items=lambda source: sorted(map(str, Path(source).rglob("*.png"))))
+        by_name = EndSplitter(0.5)
+        return planned(folder, get_items=lambda source: sorted(map(str, Path(source).rglob("*.png"))), splitter=by_name)
 
     before = plan().fingerprint
     (folder / "a" / "0.png").rename(folder / "a" / "00.png")

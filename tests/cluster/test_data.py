@@ -43,7 +43,7 @@ def test_the_second_time_nothing_is_decoded(digits_block: DataBlock, few_digits:
     def nobody(*_: Any) -> Iterator[Any]:
         raise AssertionError("the data is prepared already")
 
-    assert prepare(plan, map_blocks=nobody).reused
+    assert prepare(plan, map_work=nobody).reused
 
 
 def broken_label(path: Path) -> str:

@@ -160,7 +160,7 @@ def test_recipes_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def test_show_explains_and_draws(own_places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("show", "digits", monkeypatch=monkeypatch) == 0
     shown = capsys.readouterr().out
-    assert "1797 items" in shown
+    assert "1797 files" in shown
     assert "Categorize on the training part, one pass = 10 values" in shown
     assert (own_places / "batch.png").stat().st_size > 10_000
 
@@ -175,6 +175,6 @@ def test_a_recipe_of_the_users_own(
     )
     monkeypatch.syspath_prepend(str(own_places))
     assert run("show", "my_recipes:threes", monkeypatch=monkeypatch) == 0
-    assert "120 items" in capsys.readouterr().out
+    assert "120 files" in capsys.readouterr().out
     assert run("show", "my_recipes:fours", monkeypatch=monkeypatch) == 2
     assert "my_recipes has no recipe 'fours'" in capsys.readouterr().err

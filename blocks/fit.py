@@ -1,0 +1,111 @@
+"""Fitting: what transforms learn from the training part, by mergeable summaries; one pass over it for each depth.
+
+Summaries of pieces are merged in the order of the rows, so that floats come out the same wherever the pieces were read.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from blocks.encode import column_values, naming
+from blocks.errors import UnreadableRow
+from blocks.plan import Encode, Fit, Plan, Work
+from blocks.rows import Rows
+from blocks.splits import TRAIN, VALID
+from blocks.transform import ColumnSummary, Pipeline
+
+MapWork = Callable[[Callable[[Any], pa.Table], Sequence[Any]], Iterable[pa.Table]]
+
+FEWEST_ROWS = 64  # of a piece, where the data allows: below it, the price of a task outweighs its work
+PIECES_AT_LEAST = 8  # so that a small data set still spreads over some cores
+BLOCK_ROWS = 65_536
+
+
+def spread(rows: int) -> int:
+    """How many rows a piece has at most, so that a small data set is spread and a task still worth its price."""
+    return max(FEWEST_ROWS, math.ceil(rows / PIECES_AT_LEAST))
+
+
+def fit(plan: Plan, map_work: MapWork) -> tuple[list[dict[str, Any]], frozenset[str]]:
+    """The state of each fitted transform as plain data, and the ids of the validation rows that must train instead."""
+    fitted: list[dict[str, Any]] = []
+    moved: frozenset[str] = frozenset()
+    for fits in plan.passes():
+        encode = plan.encode_with(fitted)
+        work = plan.work(min(BLOCK_ROWS, spread(plan.source.rows)), moved)
+        seen = _merged(map_work(partial(observe, encode, fits), list(enumerate(work))), encode, fits)
+        for number, one in enumerate(fits):
+            fresh = replace(_transform(encode, one))
+            summaries = (seen[number, part] for part in (TRAIN, VALID))
+            moved |= {str(i) for i in fresh.setups(*summaries)}
+            fitted.append({"column": one.column, "position": one.position, "transform": fresh.to_plain()})
+    return fitted, moved
+
+
+def _transform(encode: Encode, one: Fit) -> Any:
+    return next(c for c in encode.columns if c.name == one.column).type_tfms.transforms[one.position]
+
+
+def _summary(encode: Encode, one: Fit) -> Any:
+    return _transform(encode, one).summary()
+
+
+def _merged(tables: Iterable[pa.Table], encode: Encode, fits: Sequence[Fit]) -> dict[tuple[int, int], Any]:
+    seen: dict[tuple[int, int], Any] = {}
+    for table in _in_order(tables):
+        for row in table.to_pylist():
+            key = (row["fit"], row["part"])
+            summary = type(_summary(encode, fits[row["fit"]])).from_plain(json.loads(row["summary"]))
+            if key in seen:
+                seen[key].merge(summary)
+            else:
+                seen[key] = summary
+    return seen
+
+
+def _in_order(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    waiting: dict[int, pa.Table] = {}
+    wanted = 0
+    for table in tables:
+        waiting[table["piece"][0].as_py()] = table
+        while wanted in waiting:
+            yield waiting.pop(wanted)
+            wanted += 1
+
+
+def observe(encode: Encode, fits: Sequence[Fit], numbered: tuple[int, Work]) -> pa.Table:
+    """What the rows of a piece tell each transform to fit: one row a (fit, part), the summary as JSON."""
+    piece, work = numbered
+    summaries = {(number, part): _summary(encode, one) for number, one in enumerate(fits) for part in (TRAIN, VALID)}
+    for rows, parts in work.blocks(BLOCK_ROWS):
+        for number, one in enumerate(fits):
+            _observe_rows(encode, one, rows, parts, [summaries[number, part] for part in (TRAIN, VALID)])
+    found = [(n, p, json.dumps(s.to_plain())) for (n, p), s in summaries.items()]
+    fit_numbers, fit_parts, texts = zip(*found, strict=True)
+    return pa.table({"piece": [piece] * len(found), "fit": fit_numbers, "part": fit_parts, "summary": texts})
+
+
+def _observe_rows(encode: Encode, one: Fit, rows: Rows, parts: np.ndarray, summaries: Sequence[Any]) -> None:
+    column = next(c for c in encode.columns if c.name == one.column)
+    before = column.type_tfms.transforms[: one.position]
+    if isinstance(summaries[0], ColumnSummary):
+        with naming(rows.ids[0].as_py(), column.name):
+            values = column_values(column, rows, before)
+        if values is not None:
+            values = pa.array(values) if isinstance(values, np.ndarray) else values
+            for part, summary in zip((TRAIN, VALID), summaries, strict=True):
+                chosen = pa.array(parts == part)
+                summary.observe_column(values.filter(chosen), rows.ids.filter(chosen))
+            return
+    make = Pipeline(before)
+    for row_id, part, item in zip(rows.ids.to_pylist(), parts.tolist(), rows.each(), strict=True):
+        # What cannot be read is counted when it is encoded.
+        with contextlib.suppress(UnreadableRow), naming(row_id, column.name):
+            summaries[part].observe(make(column.getter(item)), row_id)
