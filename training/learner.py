@@ -33,6 +33,7 @@ from training.callback import (
     CancelValidException,
 )
 from training.callbacks import BatchTransforms, Progress, Recorder, ScheduledRates
+from training.composed import Optimizer
 from training.losses import loss_for
 from training.metrics import AvgMetric, MetricFunction, as_metric
 from training.optimizer import Adam, OptimizerFunction, freeze_to, one_group, parameter_groups
@@ -249,6 +250,10 @@ class Learner:
             raise ValueError(
                 f"the data has no length ({type(self.dl).__name__}): an iterator can be used once, give a list or a DataLoader"
             ) from None
+        if self.training and isinstance(self.opt, Optimizer):
+            said = self.opt.choose_kernel(self.n_iter * self.n_epoch)
+            if said and distributed.rank() == 0:
+                print(said, flush=True)
         drawn = 0
         for self.iter, batch in enumerate(self.dl):
             drawn += 1

@@ -1,26 +1,258 @@
-"""Optimizers behind fastai's names, and the parameter groups they are given."""
+"""Optimizers under fastai's names, their hyper-parameters, and the groups of parameters they are given."""
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from training.composed import Optimizer
+from training.steppers import (
+    adam_step,
+    average_grad,
+    average_sqr_grad,
+    debias_grad,
+    debias_sqr,
+    l2_reg,
+    lamb_step,
+    larc_step,
+    lookahead_step,
+    momentum_step,
+    qhadam_step,
+    radam_adapts,
+    radam_rectification,
+    radam_step,
+    remember_slow,
+    rms_prop_step,
+    sgd_step,
+    step_stat,
+    weight_decay,
+)
+
 NORM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 
 OptimizerFunction = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
-def Adam(  # noqa: N802  fastai's name
+# --- optimizers: each is a list of the functions of training.steppers, under fastai's names and defaults ------------------
+
+
+def SGD(params: Iterable[Any], lr: float = 1e-3, mom: float = 0.0, wd: float = 0.0, decouple_wd: bool = True) -> Optimizer:  # noqa: N802
+    """Stochastic gradient descent, with momentum if `mom` is not 0."""
+    if mom:
+        return Optimizer(params, (_decay(decouple_wd), average_grad, momentum_step), lr=lr, mom=mom, wd=wd)
+    return Optimizer(params, (_decay(decouple_wd), sgd_step), lr=lr, wd=wd)
+
+
+def RMSProp(  # noqa: N802
+    params: Iterable[Any],
+    lr: float = 1e-3,
+    mom: float = 0.0,
+    sqr_mom: float = 0.99,
+    eps: float = 1e-8,
+    wd: float = 0.0,
+    decouple_wd: bool = True,
+) -> Optimizer:
+    """Gradients, or their running sum if `mom` is not 0, over the root of their average square (Hinton 2012)."""
+    average, hyper = ((average_grad,), {"mom": mom}) if mom else ((), {})
+    functions = (_decay(decouple_wd), *average, average_sqr_grad, rms_prop_step)
+    return Optimizer(params, functions, lr=lr, sqr_mom=sqr_mom, eps=eps, wd=wd, **hyper)
+
+
+def Adam(  # noqa: N802
     params: Iterable[Any],
     lr: float = 1e-3,
     mom: float = 0.9,
     sqr_mom: float = 0.99,
     eps: float = 1e-5,
     wd: float = 0.01,
-) -> torch.optim.Optimizer:
-    """Adam with decoupled weight decay and fastai's defaults (Loshchilov & Hutter, arXiv:1711.05101); torch's fused kernel."""
-    return torch.optim.AdamW(params, lr=lr, betas=(mom, sqr_mom), eps=eps, weight_decay=wd, fused=True)
+    decouple_wd: bool = True,
+) -> Optimizer:
+    """Adam, with decoupled weight decay unless told otherwise (Loshchilov & Hutter, arXiv:1711.05101)."""
+    return _adaptive(params, (_decay(decouple_wd), *MOMENTS, adam_step), lr, mom, sqr_mom, eps, wd)
+
+
+AdamW = Adam  # torch's name for the same thing
+
+
+def RAdam(  # noqa: N802
+    params: Iterable[Any],
+    lr: float = 1e-3,
+    mom: float = 0.9,
+    sqr_mom: float = 0.99,
+    eps: float = 1e-5,
+    wd: float = 0.0,
+    decouple_wd: bool = True,
+) -> Optimizer:
+    """Adam that warms itself up (Liu et al., arXiv:1908.03265)."""
+    functions = (_decay(decouple_wd), *MOMENTS, radam_adapts, radam_rectification, radam_step)
+    return _adaptive(params, functions, lr, mom, sqr_mom, eps, wd)
+
+
+def QHAdam(  # noqa: N802
+    params: Iterable[Any],
+    lr: float = 1e-3,
+    mom: float = 0.999,
+    sqr_mom: float = 0.999,
+    nu_1: float = 0.7,
+    nu_2: float = 1.0,
+    eps: float = 1e-8,
+    wd: float = 0.0,
+    decouple_wd: bool = True,
+) -> Optimizer:
+    """Adam with averages mixed with the gradient itself (Ma & Yarats, arXiv:1810.06801)."""
+    functions = (_decay(decouple_wd), *MOMENTS, qhadam_step)
+    return _adaptive(params, functions, lr, mom, sqr_mom, eps, wd, nu_1=nu_1, nu_2=nu_2)
+
+
+def Larc(  # noqa: N802
+    params: Iterable[Any],
+    lr: float = 1e-3,
+    mom: float = 0.9,
+    clip: bool = True,
+    trust_coeff: float = 0.02,
+    eps: float = 1e-8,
+    wd: float = 0.0,
+    decouple_wd: bool = True,
+) -> Optimizer:
+    """SGD with a rate for each parameter by its norm; `clip`: at most `lr` (You et al., arXiv:1708.03888)."""
+    functions = (_decay(decouple_wd), average_grad, larc_step)
+    return Optimizer(params, functions, lr=lr, mom=mom, clip=clip, trust_coeff=trust_coeff, eps=eps, wd=wd)
+
+
+def Lamb(  # noqa: N802
+    params: Iterable[Any],
+    lr: float = 1e-3,
+    mom: float = 0.9,
+    sqr_mom: float = 0.99,
+    eps: float = 1e-5,
+    wd: float = 0.0,
+    decouple_wd: bool = True,
+) -> Optimizer:
+    """Adam with each parameter's step scaled to its norm (You et al., arXiv:1904.00962)."""
+    return _adaptive(params, (_decay(decouple_wd), *MOMENTS, lamb_step), lr, mom, sqr_mom, eps, wd)
+
+
+def Lookahead(opt: Optimizer, k: int = 6, alpha: float = 0.5) -> Optimizer:  # noqa: N802
+    """`opt` anew; after every `k` steps it only goes the share `alpha` of their way (Zhang et al., arXiv:1907.08610)."""
+    functions = (*(() if step_stat in opt.functions else (step_stat,)), remember_slow, *opt.functions, lookahead_step)
+    return Optimizer(opt.param_groups, functions, **opt.defaults, k=k, alpha=alpha)
+
+
+def ranger(
+    params: Iterable[Any],
+    lr: float = 1e-3,
+    mom: float = 0.95,
+    wd: float = 0.01,
+    eps: float = 1e-6,
+    k: int = 6,
+    alpha: float = 0.5,
+) -> Optimizer:
+    """`Lookahead` around `RAdam`."""
+    return Lookahead(RAdam(params, lr=lr, mom=mom, wd=wd, eps=eps), k=k, alpha=alpha)
+
+
+MOMENTS = (average_grad, average_sqr_grad, step_stat, debias_grad, debias_sqr)
+
+
+def _decay(decoupled: bool) -> Callable[..., Any]:
+    return weight_decay if decoupled else l2_reg
+
+
+def _adaptive(
+    params: Iterable[Any],
+    functions: Sequence[Callable[..., Any]],
+    lr: float,
+    mom: float,
+    sqr_mom: float,
+    eps: float,
+    wd: float,
+    **more: float,
+) -> Optimizer:
+    return Optimizer(params, functions, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, dampening=True, **more)
+
+
+# --- hyper-parameters by fastai's names, of any torch optimizer ----------------------------------------------------------
+
+
+def OptimWrapper(params: Iterable[Any], opt: Callable[..., torch.optim.Optimizer], **hypers: Any) -> torch.optim.Optimizer:  # noqa: N802
+    """An optimizer of torch's, `opt(params, ...)`, with its settings under fastai's names: `lr`, `mom`, `sqr_mom`, `eps`, `wd`.
+
+    It is torch's own: `get_hyper` and `set_hyper` know its settings by the same names, and a Learner needs no more.
+    """
+    known = inspect.signature(opt).parameters
+    settings: dict[str, Any] = {}
+    if "betas" in known and ("mom" in hypers or "sqr_mom" in hypers):
+        usual = known["betas"].default
+        settings["betas"] = (hypers.pop("mom", usual[0]), hypers.pop("sqr_mom", usual[1]))
+    for ours, theirs in _TORCHS_NAMES.items():
+        if ours in hypers and theirs in known:
+            settings[theirs] = hypers.pop(ours)
+    return opt(params, **settings, **hypers)
+
+
+# SGD and RMSprop; those with `betas` have both moments there.
+_TORCHS_NAMES = {"wd": "weight_decay", "mom": "momentum", "sqr_mom": "alpha"}
+
+
+def get_hyper(optimizer: torch.optim.Optimizer, name: str) -> list[float]:
+    """A hyper-parameter of each parameter group, by fastai's name. KeyError when the optimizer has no such."""
+    return [_get(group, name) for group in optimizer.param_groups]
+
+
+def set_hyper(optimizer: torch.optim.Optimizer, name: str, value: float | Sequence[float] | slice) -> None:
+    """Set a hyper-parameter by fastai's name: one number, one for each group of layers, or spread over these by a slice.
+
+    `slice(a, b)` goes from `a` for the first to `b` for the last in equal ratios; `slice(b)` is `b` for the last and `b / 10`
+    for those before. KeyError when the optimizer has no such hyper-parameter.
+    """
+    number_of = [group.get("layer_group", i) for i, group in enumerate(optimizer.param_groups)]
+    values = _spread(value, max(number_of) + 1)
+    for group, number in zip(optimizer.param_groups, number_of, strict=True):
+        _set(group, name, values[number])
+
+
+def _spread(value: float | Sequence[float] | slice, n: int) -> list[float]:
+    match value:
+        case slice(start=None):
+            return [value.stop / 10] * (n - 1) + [value.stop]
+        case slice():
+            ratio = value.stop / value.start
+            return [value.start * ratio ** (i / (n - 1)) for i in range(n)] if n > 1 else [value.stop]
+        case int() | float():
+            return [value] * n
+    if len(value) != n:
+        raise ValueError(f"{len(value)} values were given for {n} groups of layers: give one for each, or a slice")
+    return list(value)
+
+
+def _get(group: dict[str, Any], name: str) -> float:
+    if name not in group and "betas" in group and name in _BETAS:
+        return float(group["betas"][_BETAS.index(name)])
+    return float(group[_key(group, name)])
+
+
+def _set(group: dict[str, Any], name: str, value: float) -> None:
+    if name not in group and "betas" in group and name in _BETAS:
+        betas = list(group["betas"])
+        betas[_BETAS.index(name)] = value
+        group["betas"] = tuple(betas)
+    else:
+        group[_key(group, name)] = value
+
+
+_BETAS = ("mom", "sqr_mom")
+
+
+def _key(group: dict[str, Any], name: str) -> str:
+    key = name if name in group else _TORCHS_NAMES.get(name, name)
+    if key not in group:
+        raise KeyError(f"the optimizer has no hyper-parameter {name!r}; it has {', '.join(k for k in group if k != 'params')}")
+    return key
+
+
+# --- groups of parameters ------------------------------------------------------------------------------------------------
 
 
 def parameter_groups(layers: Sequence[Sequence[nn.Parameter]], model: nn.Module) -> list[dict[str, Any]]:
@@ -66,12 +298,9 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, spread: float, moment
     for group in optimizer.param_groups:
         below = 1 - group.get("layer_group", 0) / last if last else 0.0
         group["lr"] = lr / spread**below
-        if "betas" in group:
-            own = group.setdefault("own_momentum", group["betas"][0])
-            group["betas"] = (own if momentum is None else momentum, *group["betas"][1:])
-        elif group.get("momentum"):
-            own = group.setdefault("own_momentum", group["momentum"])
-            group["momentum"] = own if momentum is None else momentum
+        if "mom" in group or "betas" in group or group.get("momentum"):
+            own = group.setdefault("own_momentum", _get(group, "mom"))
+            _set(group, "mom", own if momentum is None else momentum)
 
 
 def one_group(model: nn.Module) -> list[list[nn.Parameter]]:

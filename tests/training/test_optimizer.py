@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from training import Adam, body_and_head
-from training.optimizer import freeze_to, one_group, parameter_groups, set_rates
+from training.optimizer import OptimWrapper, freeze_to, get_hyper, one_group, parameter_groups, set_hyper, set_rates
 
 
 def model() -> nn.Sequential:
@@ -46,7 +47,7 @@ def test_adam_is_torchs_adamw() -> None:
 
 def test_adam_has_fastais_defaults() -> None:
     defaults = Adam(model().parameters()).defaults
-    assert (defaults["lr"], defaults["betas"], defaults["eps"], defaults["weight_decay"]) == (1e-3, (0.9, 0.99), 1e-5, 0.01)
+    assert defaults == {"lr": 1e-3, "mom": 0.9, "sqr_mom": 0.99, "eps": 1e-5, "wd": 0.01, "dampening": True}
 
 
 def test_biases_and_normalisation_are_kept_from_decay() -> None:
@@ -144,14 +145,19 @@ def test_rates_spread_in_equal_ratios(spread: float, expected: list[float]) -> N
     optimizer = Adam(parameter_groups(by_child(m), m))
     set_rates(optimizer, 0.5, spread, None)
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([rate for rate in expected for _ in range(2)])
-    assert {g["betas"] for g in optimizer.param_groups} == {(0.9, 0.99)}
+    assert {g["mom"] for g in optimizer.param_groups} == {0.9}
 
 
 def test_momentum_is_set_where_the_optimizer_has_one() -> None:
     m = model()
     adam = Adam(m.parameters())
     set_rates(adam, 1, 1, 0.7)
-    assert adam.param_groups[0]["betas"] == (0.7, 0.99)
+    assert (adam.param_groups[0]["mom"], adam.param_groups[0]["sqr_mom"]) == (0.7, 0.99)
+    adamw = torch.optim.AdamW(m.parameters(), betas=(0.9, 0.98))
+    set_rates(adamw, 1, 1, 0.7)
+    assert adamw.param_groups[0]["betas"] == (0.7, 0.98)
+    set_rates(adamw, 1, 1, None)
+    assert adamw.param_groups[0]["betas"] == (0.9, 0.98)
     for optimizer, expected in (
         (torch.optim.SGD(m.parameters(), lr=1, momentum=0.9), 0.7),
         (torch.optim.SGD(m.parameters(), lr=1), 0),
@@ -160,5 +166,39 @@ def test_momentum_is_set_where_the_optimizer_has_one() -> None:
         assert optimizer.param_groups[0]["momentum"] == expected
 
 
+def test_torchs_optimizers_by_fastais_names() -> None:
+    m = model()
+    adam = OptimWrapper(m.parameters(), torch.optim.AdamW, lr=0.1, mom=0.8, wd=0.3, eps=1e-3)
+    assert type(adam) is torch.optim.AdamW
+    assert (adam.defaults["betas"], adam.defaults["weight_decay"], adam.defaults["eps"]) == ((0.8, 0.999), 0.3, 1e-3)
+    assert [get_hyper(adam, name) for name in ("lr", "mom", "sqr_mom", "wd")] == [[0.1], [0.8], [0.999], [0.3]]
+    rms = OptimWrapper(m.parameters(), torch.optim.RMSprop, mom=0.5, sqr_mom=0.7)
+    assert (rms.defaults["momentum"], rms.defaults["alpha"]) == (0.5, 0.7)
+    set_hyper(rms, "sqr_mom", 0.6)
+    assert rms.param_groups[0]["alpha"] == 0.6
+    with pytest.raises(KeyError, match="has no hyper-parameter 'nu_1'; it has lr, momentum"):
+        set_hyper(rms, "nu_1", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0.1, [0.1, 0.1, 0.1]),
+        (slice(1e-4, 1e-2), [1e-4, 1e-3, 1e-2]),
+        (slice(1e-2), [1e-3, 1e-3, 1e-2]),
+        ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]),
+    ],
+)
+def test_a_hyper_parameter_is_set_for_each_group_of_layers(value: Any, expected: list[float]) -> None:
+    """The two parameter groups of a group of layers, with and without decay, get the same."""
+    m = model()
+    for optimizer in (Adam(parameter_groups(by_child(m), m)), torch.optim.AdamW(parameter_groups(by_child(m), m))):
+        for name in ("lr", "mom"):
+            set_hyper(optimizer, name, value)
+            assert get_hyper(optimizer, name) == pytest.approx([v for v in expected for _ in range(2)])
+    with pytest.raises(ValueError, match="2 values were given for 3 groups of layers"):
+        set_hyper(optimizer, "lr", [1.0, 2.0])
+
+
 def test_adam_takes_part_of_its_numbers_ahead() -> None:
-    assert partial(Adam, wd=0.2)(model().parameters()).defaults["weight_decay"] == 0.2
+    assert partial(Adam, wd=0.2)(model().parameters()).defaults["wd"] == 0.2
