@@ -90,7 +90,7 @@ class Recorder(Callback):
             group = learn.opt.param_groups[-1]
             self._step_losses.append(learn.loss)
             self.rates.append(group["lr"])
-            self.momenta.append(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
+            self.momenta.append(group["betas"][0] if "betas" in group else group.get("mom", group.get("momentum", 0.0)))
         else:
             for metric in learn.metrics:
                 metric.accumulate(learn.pred, as_plain(learn.yb[0]), learn.rows)

@@ -197,20 +197,20 @@ _TORCHS_NAMES = {"wd": "weight_decay", "mom": "momentum", "sqr_mom": "alpha"}
 
 
 def get_hyper(optimizer: torch.optim.Optimizer, name: str) -> list[float]:
-    """A hyper-parameter of each parameter group, by fastai's name. KeyError when the optimizer has no such."""
-    return [_get(group, name) for group in optimizer.param_groups]
+    """A hyper-parameter of each parameter group, by fastai's name. ValueError when the optimizer has no such."""
+    return [group_hyper(group, name) for group in optimizer.param_groups]
 
 
 def set_hyper(optimizer: torch.optim.Optimizer, name: str, value: float | Sequence[float] | slice) -> None:
     """Set a hyper-parameter by fastai's name: one number, one for each group of layers, or spread over these by a slice.
 
     `slice(a, b)` goes from `a` for the first to `b` for the last in equal ratios; `slice(b)` is `b` for the last and `b / 10`
-    for those before. KeyError when the optimizer has no such hyper-parameter.
+    for those before. ValueError when the optimizer has no such hyper-parameter.
     """
     number_of = [group.get("layer_group", i) for i, group in enumerate(optimizer.param_groups)]
     values = _spread(value, max(number_of) + 1)
     for group, number in zip(optimizer.param_groups, number_of, strict=True):
-        _set(group, name, values[number])
+        set_group_hyper(group, name, values[number])
 
 
 def _spread(value: float | Sequence[float] | slice, n: int) -> list[float]:
@@ -227,29 +227,36 @@ def _spread(value: float | Sequence[float] | slice, n: int) -> list[float]:
     return list(value)
 
 
-def _get(group: dict[str, Any], name: str) -> float:
-    if name not in group and "betas" in group and name in _BETAS:
-        return float(group["betas"][_BETAS.index(name)])
-    return float(group[_key(group, name)])
+def group_hyper(group: dict[str, Any], name: str) -> float:
+    """A hyper-parameter of one parameter group, by fastai's name or the optimizer's own. ValueError when it has no such."""
+    key = _key(group, name)
+    return group["betas"][key] if isinstance(key, int) else group[key]
 
 
-def _set(group: dict[str, Any], name: str, value: float) -> None:
-    if name not in group and "betas" in group and name in _BETAS:
+def set_group_hyper(group: dict[str, Any], name: str, value: float) -> None:
+    """Set what `group_hyper` gets."""
+    key = _key(group, name)
+    if isinstance(key, int):
         betas = list(group["betas"])
-        betas[_BETAS.index(name)] = value
+        betas[key] = value
         group["betas"] = tuple(betas)
     else:
-        group[_key(group, name)] = value
+        group[key] = value
 
 
-_BETAS = ("mom", "sqr_mom")
+def _key(group: dict[str, Any], name: str) -> str | int:
+    """Where a group keeps it: under a key, or at a place of its `betas`."""
+    if name in group:
+        return name
+    if "betas" in group and name in _BETAS:
+        return _BETAS[name]
+    if _TORCHS_NAMES.get(name) in group:
+        return _TORCHS_NAMES[name]
+    has = ", ".join(k for k in group if k != "params")
+    raise ValueError(f"the optimizer has no hyper-parameter {name!r}; it has {has}")
 
 
-def _key(group: dict[str, Any], name: str) -> str:
-    key = name if name in group else _TORCHS_NAMES.get(name, name)
-    if key not in group:
-        raise KeyError(f"the optimizer has no hyper-parameter {name!r}; it has {', '.join(k for k in group if k != 'params')}")
-    return key
+_BETAS = {"mom": 0, "momentum": 0, "sqr_mom": 1}
 
 
 # --- groups of parameters ------------------------------------------------------------------------------------------------
@@ -299,8 +306,8 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, spread: float, moment
         below = 1 - group.get("layer_group", 0) / last if last else 0.0
         group["lr"] = lr / spread**below
         if "mom" in group or "betas" in group or group.get("momentum"):
-            own = group.setdefault("own_momentum", _get(group, "mom"))
-            _set(group, "mom", own if momentum is None else momentum)
+            own = group.setdefault("own_momentum", group_hyper(group, "mom"))
+            set_group_hyper(group, "mom", own if momentum is None else momentum)
 
 
 def one_group(model: nn.Module) -> list[list[nn.Parameter]]:

@@ -7,9 +7,10 @@ import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from training.callback import Callback
+from training.optimizer import group_hyper, set_group_hyper
 from training.schedule import Curve
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class ParamScheduler(Callback):
         self._before: list[dict[str, float]] = []
 
     def before_fit(self, learn: "Learner") -> None:
-        self._before = [{name: get_hyper(group, name) for name in self.scheds} for group in learn.opt.param_groups]
+        self._before = [{name: group_hyper(group, name) for name in self.scheds} for group in learn.opt.param_groups]
 
     def before_batch(self, learn: "Learner") -> None:
         if learn.training:
@@ -40,45 +41,13 @@ class ParamScheduler(Callback):
             for name, sched in self.scheds.items():
                 value = sched(done)
                 for group in learn.opt.param_groups:
-                    set_hyper(group, name, value)
+                    set_group_hyper(group, name, value)
 
     def after_fit(self, learn: "Learner") -> None:
         for group, before in zip(learn.opt.param_groups, self._before, strict=False):
             for name, value in before.items():
-                set_hyper(group, name, value)
+                set_group_hyper(group, name, value)
         self._before = []
-
-
-def get_hyper(group: dict[str, Any], name: str) -> float:
-    """A hyper-parameter of a parameter group by fastai's name or the optimizer's own; ValueError when it has none such."""
-    key = _key(group, name)
-    return group["betas"][key] if isinstance(key, int) else group[key]
-
-
-def set_hyper(group: dict[str, Any], name: str, value: float) -> None:
-    """Set what `get_hyper` gets."""
-    key = _key(group, name)
-    if isinstance(key, int):
-        betas = list(group["betas"])
-        betas[key] = value
-        group["betas"] = tuple(betas)
-    else:
-        group[key] = value
-
-
-_ALIASES = {"wd": "weight_decay", "mom": "momentum", "sqr_mom": "alpha"}
-_BETAS = {"mom": 0, "momentum": 0, "sqr_mom": 1}
-
-
-def _key(group: Mapping[str, object], name: str) -> str | int:
-    if name in group:
-        return name
-    if name in _BETAS and "betas" in group:
-        return _BETAS[name]
-    if _ALIASES.get(name) in group:
-        return _ALIASES[name]
-    has = ", ".join(k for k in group if k != "params")
-    raise ValueError(f"the optimizer has no hyper-parameter {name!r}; it has {has}")
 
 
 def SchedNo(start: float, end: float) -> Sched:  # noqa: N802  fastai's name

@@ -181,4 +181,4 @@ def _ways(learn: Learner) -> dict[str, Any]:
     }
 
 
-_SCHEDULED = {"params", "lr", "betas", "momentum", "own_momentum"}  # what the schedule itself leaves set
+_SCHEDULED = {"params", "lr", "mom", "betas", "momentum", "own_momentum"}  # what the schedule itself leaves set

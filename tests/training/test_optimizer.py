@@ -176,7 +176,7 @@ def test_torchs_optimizers_by_fastais_names() -> None:
     assert (rms.defaults["momentum"], rms.defaults["alpha"]) == (0.5, 0.7)
     set_hyper(rms, "sqr_mom", 0.6)
     assert rms.param_groups[0]["alpha"] == 0.6
-    with pytest.raises(KeyError, match="has no hyper-parameter 'nu_1'; it has lr, momentum"):
+    with pytest.raises(ValueError, match="has no hyper-parameter 'nu_1'; it has lr, momentum"):
         set_hyper(rms, "nu_1", 1.0)
 
 
