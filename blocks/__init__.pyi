@@ -17,8 +17,10 @@ from .category import OneHotEncode as OneHotEncode
 from .datablock import DataBlock as DataBlock
 from .datablock import TransformBlock as TransformBlock
 from .dataloaders import DataLoaders as DataLoaders
+from .download import get_data as get_data
 from .errors import DataError as DataError
 from .errors import UnreadableRow as UnreadableRow
+from .errors import UserError as UserError
 from .feed import Batch as Batch
 from .feed import Feed as Feed
 from .items import AttrGetter as AttrGetter
@@ -43,6 +45,9 @@ from .prepared import Prepared as Prepared
 from .regression import RegressionBlock as RegressionBlock
 from .regression import RegressionSetup as RegressionSetup
 from .resident import Windows as Windows
+from .show import plot_top_losses as plot_top_losses
+from .show import show_batch as show_batch
+from .show import show_results as show_results
 from .splits import ColSplitter as ColSplitter
 from .splits import EndSplitter as EndSplitter
 from .splits import FileSplitter as FileSplitter

@@ -64,10 +64,12 @@ class DataLoaders:
         return [tuple(t.decode(v) for t, v in zip(tfms, sample, strict=True)) for sample in samples]
 
     def show_batch(self, n: int = 16, part: int = TRAIN) -> Any:
-        """A matplotlib figure of the first `n` samples of a batch as the model sees them."""
-        from blocks.show import show_samples
+        """A matplotlib figure of the first `n` samples of a batch as the model sees them (`blocks.show.show_batch`)."""
+        from blocks.show import show_batch
 
-        return show_samples(self.decode_batch(self.one_batch(part))[:n])
+        batch = self.one_batch(part)
+        target = batch[self.n_inp] if len(batch) > self.n_inp else None
+        return show_batch(batch[0], target, samples=self.decode_batch(batch)[:n])
 
     def __repr__(self) -> str:
         return f"DataLoaders(train={_size(self.train)}, valid={_size(self.valid)}, batch_tfms={self.batch_tfms})"

@@ -371,6 +371,12 @@ class Pipeline:
             x = t.decode(x)
         return x
 
+    def show(self, x: Any) -> Any:
+        """A matplotlib figure of what `x` is decoded to; how a type is drawn, a method of `blocks.show.draw` says."""
+        from blocks.show import show
+
+        return show(self.decode(x))
+
     def __add__(self, other: "Pipeline") -> "Pipeline":
         return Pipeline.of((*self.transforms, *other.transforms))
 
