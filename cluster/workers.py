@@ -18,7 +18,7 @@ from cluster.spool import SPOOL, append_epoch, follow
 from training import distributed
 from training.callback import Callback
 from training.callbacks import Progress, epoch_line
-from training.learner import Learner
+from training.learner import Learner, Rate
 from training.schedule import Schedule, total_epochs
 
 STATE_FILE = "learner.pt"
@@ -62,7 +62,7 @@ class Workers:
         start_ray()
         check_resources(CPU=self.number, **({"GPU": self.number} if self.gpu else {}))
 
-    def run(self, learn: Learner, schedule: Schedule, lr: float) -> None:
+    def run(self, learn: Learner, schedule: Schedule, lr: Rate) -> None:
         """Train a copy of `learn` on the workers; afterwards `learn` looks as if it had trained here."""
         if self.number == 0:
             learn.fit(schedule, lr)
@@ -118,7 +118,7 @@ def _shipped(learn: Learner) -> bytes:
 
 
 def _trained_state(
-    workers: Workers, learn: bytes, schedule: Schedule, lr: float, folder: Path, spool: Path, run: str
+    workers: Workers, learn: bytes, schedule: Schedule, lr: Rate, folder: Path, spool: Path, run: str
 ) -> dict[str, Any]:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig

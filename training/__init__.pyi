@@ -54,6 +54,11 @@ from .losses import LabelSmoothingCrossEntropyFlat as LabelSmoothingCrossEntropy
 from .losses import MSELossFlat as MSELossFlat
 from .losses import loss_for as loss_for
 from .losses import loss_per_row as loss_per_row
+from .lr_find import FoundRates as FoundRates
+from .lr_find import minimum as minimum
+from .lr_find import slide as slide
+from .lr_find import steep as steep
+from .lr_find import valley as valley
 from .metrics import AvgMetric as AvgMetric
 from .metrics import accuracy as accuracy
 from .metrics import error_rate as error_rate
@@ -85,8 +90,10 @@ from .param_scheduler import SchedNo as SchedNo
 from .param_scheduler import SchedPoly as SchedPoly
 from .param_scheduler import combine_scheds as combine_scheds
 from .param_scheduler import combined_cos as combined_cos
+from .precision import precision_callbacks as precision_callbacks
 from .recipe import Recipe as Recipe
 from .recipe import recipe as recipe
+from .results import Predicted as Predicted
 from .rnn import ModelResetter as ModelResetter
 from .rnn import RNNRegularizer as RNNRegularizer
 from .schedule import Curve as Curve
@@ -94,7 +101,10 @@ from .schedule import Phase as Phase
 from .schedule import Schedule as Schedule
 from .schedule import fine_tune as fine_tune
 from .schedule import flat as flat
+from .schedule import flat_cos as flat_cos
+from .schedule import gradual_unfreeze as gradual_unfreeze
 from .schedule import one_cycle as one_cycle
+from .schedule import sgdr as sgdr
 from .stopping import EarlyStopping as EarlyStopping
 from .stopping import ReduceLROnPlateau as ReduceLROnPlateau
 from .stopping import SaveBest as SaveBest

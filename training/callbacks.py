@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from blocks.splits import TRAIN, VALID
 from blocks.tensors import TensorImage, as_plain
 from training import distributed
 from training.callback import Callback
 from training.optimizer import set_rates
+from training.schedule import top_and_spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +27,7 @@ class BatchTransforms(Callback):
     def before_batch(self, learn: "Learner") -> None:
         tfms = getattr(learn.dls, "batch_tfms", None)
         if tfms is not None and tfms.transforms:
-            batch = tfms((*learn.xb, *learn.yb), split_idx=TRAIN if learn.training else VALID)
+            batch = tfms((*learn.xb, *learn.yb), split_idx=learn.split_idx, keys=learn.keys)
             learn.xb, learn.yb = batch[: len(learn.xb)], batch[len(learn.xb) :]
 
 
@@ -41,7 +41,8 @@ class ScheduledRates(Callback):
             phase = learn.phase
             progress = (learn.epoch_in_phase + learn.iter / learn.n_iter) / phase.epochs
             momentum = None if phase.momentum is None else phase.momentum.at(progress)
-            set_rates(learn.opt, learn.run_lr * phase.lr.at(progress), phase.spread, momentum)
+            top, spread = top_and_spread(learn.run_lr)
+            set_rates(learn.opt, top * phase.lr.at(progress), spread * phase.spread, momentum)
 
 
 class Recorder(Callback):
@@ -62,6 +63,8 @@ class Recorder(Callback):
         self.epoch_ends: list[int] = []
         self._step_losses: list[torch.Tensor] = []
         self.unit = "rows"
+        self._loss = self._count = torch.zeros((), dtype=torch.float64)
+        self._rows = 0
 
     def before_epoch(self, learn: "Learner") -> None:
         self._began = self._train_began = time.perf_counter()
@@ -84,8 +87,10 @@ class Recorder(Callback):
         if not learn.yb or learn.loss is None:
             return
         # The sum stays on the device: reading it at each batch would make the host wait for a GPU.
-        self._loss += learn.loss.detach().to(torch.float64) * learn.rows
-        self._rows += learn.rows
+        if learn.rows:
+            self._loss += learn.loss.detach().to(torch.float64) * learn.loss_count
+            self._count += learn.loss_count
+            self._rows += learn.rows
         if learn.training:
             group = learn.opt.param_groups[-1]
             self._step_losses.append(learn.loss)
@@ -103,7 +108,7 @@ class Recorder(Callback):
         self._note("train/loss", total)
         seconds = time.perf_counter() - self._train_began
         self.values["time/train"] = seconds
-        self.values[f"time/{self.unit}_per_second"] = float(total[1]) / seconds
+        self.values[f"time/{self.unit}_per_second"] = float(total[2]) / seconds
         self.values["hp/lr"] = learn.opt.param_groups[-1]["lr"]
 
     def after_validate(self, learn: "Learner") -> None:
@@ -159,13 +164,14 @@ class Recorder(Callback):
 
     def _restart(self, learn: "Learner") -> None:
         self._loss = torch.zeros((), dtype=torch.float64, device=learn.device)
+        self._count = torch.zeros_like(self._loss)
         self._rows = 0
 
     def _reduced(self, totals: list[torch.Tensor]) -> list[torch.Tensor]:
         # One collective for the loss and all metrics.
-        mine = torch.stack([self._loss.cpu(), torch.tensor(self._rows, dtype=torch.float64)])
+        mine = torch.stack([self._loss.cpu(), self._count.cpu(), torch.tensor(self._rows, dtype=torch.float64)])
         together = distributed.sum_over_ranks(torch.cat([mine, *totals]))
-        return list(together.split([2, *(len(t) for t in totals)]))
+        return list(together.split([3, *(len(t) for t in totals)]))
 
     def _note(self, name: str, total: torch.Tensor) -> None:
         if total[1] > 0:
@@ -173,10 +179,22 @@ class Recorder(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         steps = {name: list(getattr(self, name)) for name in _BY_STEP}
-        return {"history": [dict(values) for values in self.history], **steps}
+        sums = {"loss": self._loss.clone(), "count": self._count.clone(), "rows": self._rows}
+        steps_of_epoch = [float(loss) for loss in self._step_losses]
+        return {
+            "history": [dict(values) for values in self.history],
+            "values": dict(self.values),
+            "sums": sums,
+            "step_losses": steps_of_epoch,
+            **steps,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history = [dict(values) for values in state["history"]]
+        self.values = dict(state["values"])
+        sums = state["sums"]
+        self._loss, self._count, self._rows = sums["loss"].clone(), sums["count"].clone(), sums["rows"]
+        self._step_losses = [torch.tensor(loss) for loss in state["step_losses"]]
         for name in _BY_STEP:
             setattr(self, name, list(state[name]))
 
@@ -196,11 +214,12 @@ def smoothed(values: list[float], beta: float) -> list[float]:
 
 
 class Progress(Callback):
-    """Prints one line an epoch, on rank 0; in a terminal or a notebook also a bar of the batches. fastai's ProgressCallback."""
+    """Prints one line an epoch, on rank 0; in a terminal or notebook also a `bar` of the batches. fastai's ProgressCallback."""
 
     order = 70
 
-    def __init__(self) -> None:
+    def __init__(self, bar: bool = True) -> None:
+        self.bar = bar
         self._bar: Any = None
 
     def before_train(self, learn: "Learner") -> None:
@@ -228,7 +247,7 @@ class Progress(Callback):
         self._close()
 
     def _start(self, learn: "Learner", what: str) -> None:
-        if distributed.rank() == 0 and somebody_watches():
+        if self.bar and distributed.rank() == 0 and somebody_watches():
             from tqdm.auto import tqdm
 
             self._bar = tqdm(total=_length(learn.dl), desc=what, unit="batch", leave=False)

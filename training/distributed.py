@@ -1,4 +1,4 @@
-"""Several ranks, by torch.distributed alone: who am I, sums over all ranks, gradients averaged over them."""
+"""Several ranks, by torch.distributed alone: who am I, sums over all ranks, BatchNorm over the rows of all."""
 
 import weakref
 from typing import Any
@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from torch.nn.parallel import DistributedDataParallel
 
 from training.same_host import SharedSums, shared_sums
 
@@ -55,42 +54,35 @@ def add_over_ranks(x: Tensor) -> None:
         shared.add(x)
 
 
-def _average_bucket(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    gradients = bucket.buffer()
-    add_over_ranks(gradients.div_(world()))
-    done: torch.futures.Future[Tensor] = torch.futures.Future()
-    done.set_result(gradients)
-    return done
+def begin_sum(x: Tensor) -> Any:
+    """`add_over_ranks` that need not be over yet: `wait()` for what comes back, None where it is."""
+    if _shared_by_ranks() is None or x.dtype is not torch.float32 or x.device.type != "cpu":
+        return dist.all_reduce(x, async_op=True)
+    add_over_ranks(x)
+    return None
 
 
-def averaging(model: nn.Module) -> nn.Module:
-    """`model` with its gradients averaged over the ranks in the backward pass; itself when this process trains alone.
-
-    Its BatchNorm layers take the statistics of the global batch, until `alone_again`.
-    Made anew whenever what is frozen changes: it reduces the gradients of the parameters that train at this moment.
-    """
-    if not _together():
-        return model
+def over_ranks(model: nn.Module) -> None:
+    """Have the BatchNorm layers of `model` take the statistics of the global batch, until `alone_again`."""
     for module in model.modules():
         if type(module) in _GLOBAL:
             module.__class__ = _GLOBAL[type(module)]
-    device = next(model.parameters()).device
-    wrapped = DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        forward_sync_buffers=False,  # `average_buffers` takes the ranks' statistics together, where this would keep one's
-    )
-    if _shared_by_ranks() is not None:
-        wrapped.register_comm_hook(None, _average_bucket)
-    return wrapped
 
 
 def alone_again(model: nn.Module) -> None:
-    """Undo what `averaging` changed in `model`: its normalisation layers are torch's own again."""
+    """Undo `over_ranks`: the model's normalisation layers are torch's own again."""
     for module in model.modules():
         if isinstance(module, _OverRanks):
             module.__class__ = next(own for own, over in _GLOBAL.items() if over is type(module))
+
+
+_rows_are_borrowed = False
+
+
+def borrow_rows(borrowed: bool) -> None:
+    """Whether the rows of this rank's batch only keep it in step, and are to leave the batch statistics alone."""
+    global _rows_are_borrowed
+    _rows_are_borrowed = borrowed
 
 
 class _OverRanks(nn.modules.batchnorm._BatchNorm):
@@ -99,7 +91,7 @@ class _OverRanks(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.track_running_stats:
             return super().forward(x)
-        y, mean, var, count = _Normalised.apply(x, self.weight, self.bias, self.eps)
+        y, mean, var, count = _Normalised.apply(x, self.weight, self.bias, self.eps, _rows_are_borrowed)
         with torch.no_grad():
             assert self.running_mean is not None
             assert self.running_var is not None
@@ -130,32 +122,39 @@ class _Normalised(torch.autograd.Function):
     """Normalisation by the mean and variance over all ranks' rows, and its gradient: one collective each way."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, borrowed: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dims = [0, *range(2, x.ndim)]
         rows = x.new_tensor([x.numel() / x.shape[1]])
         sums = torch.cat([x.sum(dims), (x * x).sum(dims), rows])
+        if borrowed:
+            sums.zero_()
         add_over_ranks(sums)
         channels, count = x.shape[1], sums[-1]
         mean = sums[:channels] / count
         var = (sums[channels:-1] / count - mean * mean).clamp_(min=0)
+        ctx.borrowed = borrowed
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), count)
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var, count
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         x, weight, mean, inverse, count = ctx.saved_tensors
         dims, shape = [0, *range(2, x.ndim)], (1, -1, *(1 for _ in range(x.ndim - 2)))
         d_bias = dy.sum(dims)
         d_weight = ((dy * x).sum(dims) - mean * d_bias) * inverse
         sums = torch.cat([d_bias, d_weight])
         add_over_ranks(sums)
+        if ctx.borrowed:
+            sums.zero_()  # the statistics do not depend on these rows
         by_bias, by_weight = (sums / count).chunk(2)
         scale = inverse if weight is None else inverse * weight
         # (dy - by_bias - normalised * by_weight) * scale, with as few passes over the whole tensor as it takes.
         of_x = -by_weight * inverse * scale
         rest = -by_bias * scale - of_x * mean
         dx = torch.addcmul(rest.view(shape), dy, scale.view(shape)).addcmul_(x, of_x.view(shape))
-        return dx, None if weight is None else d_weight, None if weight is None else d_bias, None
+        return dx, None if weight is None else d_weight, None if weight is None else d_bias, None, None
 
 
 def average_buffers(model: nn.Module) -> None:

@@ -1,15 +1,20 @@
 """The `Learner`: data, model, loss and optimizer, and the loop that callbacks can change anywhere.
 
-The loop, with its events (`Callback` has them in order):
+The loop, with its events (`Callback` has them in order; `learn.show_training_loop()` prints who listens):
 
     fit       for each phase: freeze, then for each epoch
     epoch       train: each batch, validate: each batch without gradients
     batch         predict, loss; in training: backward, step
+
+What a Learner does beside its loop lies in files of its own: finding a rate, results, the state.
 """
 
-from collections import Counter
+import contextlib
+import functools
+import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -17,9 +22,9 @@ from torch import Tensor, nn
 
 from blocks.dataloaders import DataLoaders
 from blocks.draws import sample_keys
-from blocks.feed import Feed
+from blocks.splits import TRAIN, VALID
 from blocks.tensors import TensorBase, as_plain
-from training import distributed
+from training import distributed, lr_find, precision, results, state
 from training.callback import (
     EVENTS,
     Callback,
@@ -36,18 +41,27 @@ from training.callbacks import BatchTransforms, Progress, Recorder, ScheduledRat
 from training.composed import Optimizer
 from training.losses import loss_for
 from training.metrics import AvgMetric, MetricFunction, as_metric
-from training.optimizer import Adam, OptimizerFunction, freeze_to, one_group, parameter_groups
-from training.schedule import Phase, Schedule, flat, schedule_to_plain, total_epochs
+from training.mixed_precision import MixedPrecision
+from training.optimizer import Adam, OptimizerFunction, freeze_to, group_hyper, one_group, parameter_groups, set_group_hyper
+from training.schedule import MOMS, Moms, Phase, Schedule, flat, flat_cos, sgdr, total_epochs
 from training.schedule import fine_tune as fine_tune_schedule
 from training.schedule import one_cycle as one_cycle_schedule
+from training.state import Position, generators, set_generators
+
+if TYPE_CHECKING:
+    from training.ranks import Ranks
 
 Splitter = Callable[[nn.Module], Sequence[Sequence[nn.Parameter]]]
+Rate = float | slice
+
+IN_BATCH = frozenset(EVENTS[EVENTS.index("before_batch") : EVENTS.index("after_batch") + 1])
+ALONE = frozenset({"after_create", "after_cancel_fit", "after_fit"})  # not every rank may get there
 
 
 class Runner(Protocol):
     """Somewhere else a Learner can train: it runs `learn.fit(schedule)` there and brings the result home."""
 
-    def run(self, learn: "Learner", schedule: Schedule, lr: float) -> None: ...
+    def run(self, learn: "Learner", schedule: Schedule, lr: Rate) -> None: ...
 
 
 class Learner:
@@ -56,10 +70,14 @@ class Learner:
     dls: `DataLoaders`, or any object whose `train` and `valid` are iterables of (input, ..., target) batches.
     loss_func: (pred, *targets) -> scalar mean over rows; inferred from the type of the target when the data has one.
     opt_func: parameter groups -> torch optimizer. splitter: model -> groups of parameters, first to last, for freezing
-    and for rates of their own. metrics: functions of (pred, target), or `AvgMetric`s. device: the GPU if there is one.
+    and for rates of their own. metrics: functions of (pred, target), or `AvgMetric`s.
+    wd: weight decay, None: the optimizer's own; biases and normalisation have none unless `wd_bn_bias`.
+    train_bn: normalisation layers of frozen groups train. moms: the momentum at the start, the middle and the end of a
+    cycle. device: the GPU if there is one.
     """
 
     # What callbacks read and write while a batch is on its way.
+    batch: Sequence[Any]  # as it was drawn
     xb: tuple[Any, ...]
     yb: tuple[Any, ...]
     pred: Any
@@ -72,26 +90,37 @@ class Learner:
         model: nn.Module,
         loss_func: Callable[..., Tensor] | None = None,
         opt_func: OptimizerFunction = Adam,
-        lr: float = 1e-3,
+        lr: Rate = 1e-3,
         splitter: Splitter = one_group,
         callbacks: Iterable[Callback] = (),
         metrics: MetricFunction | AvgMetric | Iterable[MetricFunction | AvgMetric] = (),
+        *,
+        wd: float | None = None,
+        wd_bn_bias: bool = False,
+        train_bn: bool = True,
+        moms: Moms = MOMS,
         device: torch.device | None = None,
     ):
         self.dls, self.model, self.opt_func, self.lr, self.splitter = dls, model, opt_func, lr, splitter
+        self.wd, self.wd_bn_bias, self.train_bn, self.moms = wd, wd_bn_bias, train_bn, moms
         self.loss_func = loss_func or loss_for(target_type(dls))
         many = metrics if isinstance(metrics, Iterable) else [metrics]
         self.metrics = [as_metric(m) for m in many]
         self.device = device or distributed.default_device()
         self._opt: torch.optim.Optimizer | None = None
+        self._ranks: Ranks | None = None
         self.recorder = Recorder()
         self.callbacks: list[Callback] = []
         self._listeners: dict[str, list[Callable[[Learner], None]]] = {}
         self.schedule: Schedule = ()
+        self.position = Position()
         self.run_lr = lr
         self.epoch = self.iter = 0
         self.epochs_trained = 0  # over all fits: each epoch draws an order of its own
+        self.epoch_generators: dict[str, Any] | None = None
+        self._to_restore: dict[str, Any] | None = None
         self.training = False
+        self.split_idx = VALID  # the part whose transforms the batch gets
         for callback in (BatchTransforms(), self.recorder, ScheduledRates(), Progress(), *callbacks):
             self.add_callback(callback)
 
@@ -110,6 +139,8 @@ class Learner:
         self.callbacks = [c for c in self.callbacks if c is not callback]
         self._listen()
 
+    add_cb, remove_cb = add_callback, remove_callback  # fastai's names
+
     def _listen(self) -> None:
         # Found once, so that an event nobody listens to costs one look-up.
         self._listeners = {
@@ -117,52 +148,240 @@ class Learner:
             for event in EVENTS
         }
 
+    @contextlib.contextmanager
+    def added_callbacks(self, *callbacks: Callback) -> Iterator[None]:
+        """With these callbacks as well."""
+        for callback in callbacks:
+            self.add_callback(callback)
+        try:
+            yield
+        finally:
+            for callback in callbacks:
+                self.remove_callback(callback)
+
+    @contextlib.contextmanager
+    def removed_callbacks(self, *callbacks: Callback) -> Iterator[None]:
+        """Without these callbacks."""
+        before = self.callbacks
+        self.callbacks = [c for c in before if c not in callbacks]
+        self._listen()
+        try:
+            yield
+        finally:
+            added = [c for c in self.callbacks if c not in before]
+            self.callbacks = sorted([*before, *added], key=lambda c: c.order)
+            self._listen()
+
+    @contextlib.contextmanager
+    def no_bar(self) -> Iterator[None]:
+        """Without a progress bar; the line an epoch is printed all the same."""
+        bars = [c for c in self.callbacks if isinstance(c, Progress) and c.bar]
+        for progress in bars:
+            progress.bar = False
+        try:
+            yield
+        finally:
+            for progress in bars:
+                progress.bar = True
+
+    def no_logging(self) -> contextlib.AbstractContextManager[None]:
+        """Without a printed line an epoch, and without a progress bar."""
+        return self.removed_callbacks(*(c for c in self.callbacks if isinstance(c, Progress)))
+
+    if not TYPE_CHECKING:  # a misspelled attribute stays an error for mypy
+
+        def __getattr__(self, name: str) -> Any:
+            """The callback of that name: `learn.save_best` is the `SaveBest` it has."""
+            found = [c for c in self.__dict__.get("callbacks", ()) if _snake(c.name) == name]
+            if not found:
+                raise AttributeError(f"this Learner has neither an attribute nor a callback {name!r}")
+            return found[0]
+
     def __call__(self, event: str) -> None:
         """Call `event` of each callback, in order."""
         for method in self._listeners[event]:
             try:
                 method(self)
-            except CancelException:
-                raise
+            except CancelException as cancel:
+                if self._ranks is None or not self._ranks.takes(cancel, self.training, event in IN_BATCH):
+                    raise
+                break
             except Exception as error:
                 self._say_where(error, method, event)
                 raise
+        if self._ranks is not None and event not in IN_BATCH and event not in ALONE:
+            self._ranks.agree()
 
     def _say_where(self, error: Exception, method: Any, event: str) -> None:
         error.add_note(f"in {type(method.__self__).__name__}.{event}, epoch {self.epoch}, batch {self.iter}")
 
-    def _with_events(self, body: Callable[[], None], event: str, cancel: type[CancelException]) -> None:
+    def _with_events(
+        self,
+        body: Callable[[], None],
+        event: str,
+        cancel: type[CancelException],
+        done: Callable[[], None] | None = None,
+    ) -> None:
         # Takes the body as a function, because a `with` block cannot skip its body when `before_...` cancels.
+        # done: what is true from then on, cancelled or not; noted before `after_...`, where callbacks save the state.
         try:
             self(f"before_{event}")
             body()
         except cancel:
             self(f"after_cancel_{event}")
+        if done is not None:
+            done()
         self(f"after_{event}")
 
     # --- training ------------------------------------------------------------------------------------------------------
 
-    def fit(self, schedule: Schedule | int, lr: float | None = None, *, on: Runner | None = None) -> None:
-        """Train by `schedule`, a tuple of `Phase`s or a number of epochs at a flat rate; here, or `on` some workers."""
+    def fit(
+        self,
+        schedule: Schedule | int,
+        lr: Rate | None = None,
+        *,
+        wd: float | None = None,
+        callbacks: Iterable[Callback] = (),
+        start_epoch: int = 0,
+        on: Runner | None = None,
+    ) -> None:
+        """Train by `schedule`, a tuple of `Phase`s or a number of epochs at a flat rate; here, or `on` some workers.
+
+        lr: the rate, or `slice(first, last)` for those of the first and the last parameter group, those between in equal
+        ratios; `slice(last)` gives the first a tenth. wd: weight decay from now on. callbacks: for this run only.
+        start_epoch: begin the schedule there.
+        """
         phases = flat(schedule) if isinstance(schedule, int) else schedule
         if not isinstance(phases, tuple) or not phases or not all(isinstance(p, Phase) for p in phases):
             raise TypeError(f"a schedule is a number of epochs or a tuple of Phases such as one_cycle(5), not {schedule!r}")
+        if not 0 <= start_epoch < total_epochs(phases) or (start_epoch and on is not None):
+            raise ValueError(
+                f"start_epoch={start_epoch}: a run in this process begins at one of its epochs 0 to {total_epochs(phases) - 1}"
+            )
         self.schedule = phases
         self.run_lr = self.lr if lr is None else lr
-        if on is not None:
-            on.run(self, self.schedule, self.run_lr)
-            return
+        if wd is not None:
+            self.wd = wd
+            self._set_weight_decay()
+        with self.added_callbacks(*callbacks):
+            if on is not None:
+                on.run(self, self.schedule, self.run_lr)
+                return
+            self.position, self._to_restore = Position(), None
+            while self.position.epochs_before(phases) < start_epoch:
+                self.position = self.position.next_epoch(phases)
+            if self._opt is not None:
+                self._opt.zero_grad()
+            self._run()
+
+    def resume(self, *, callbacks: Iterable[Callback] = ()) -> None:
+        """Go on with the run that was stopped, or whose state was loaded, from the batch at which it stood.
+
+        With the same data, callbacks and number of ranks, the results are those of the unbroken run, bit for bit on a CPU.
+        """
+        if not self.schedule:
+            raise ValueError("there is no run to go on with: load the state of one first, or call fit")
+        with self.added_callbacks(*callbacks):
+            self._run()
+
+    def fit_one_cycle(
+        self,
+        epochs: int,
+        lr_max: Rate | None = None,
+        *,
+        div: float = 25.0,
+        div_final: float = 1e5,
+        pct_start: float = 0.25,
+        moms: Moms | None = None,
+        **fit: Any,
+    ) -> None:
+        """Train by `one_cycle(epochs, ...)`; `fit`: further arguments of `fit`."""
+        schedule = one_cycle_schedule(epochs, div=div, div_final=div_final, pct_start=pct_start, moms=moms or self.moms)
+        self.fit(schedule, lr_max, **fit)
+
+    def fit_flat_cos(
+        self, epochs: int, lr: Rate | None = None, *, div_final: float = 1e5, pct_start: float = 0.75, **fit: Any
+    ) -> None:
+        """Train by `flat_cos(epochs, ...)`; `fit`: further arguments of `fit`."""
+        self.fit(flat_cos(epochs, div_final=div_final, pct_start=pct_start), lr, **fit)
+
+    def fit_sgdr(self, n_cycles: int, cycle_len: int, lr_max: Rate | None = None, *, cycle_mult: int = 2, **fit: Any) -> None:
+        """Train by `sgdr(n_cycles, cycle_len, ...)`; `fit`: further arguments of `fit`."""
+        self.fit(sgdr(n_cycles, cycle_len, cycle_mult=cycle_mult), lr_max, **fit)
+
+    def fine_tune(
+        self,
+        epochs: int,
+        base_lr: Rate | None = None,
+        *,
+        freeze_epochs: int = 1,
+        lr_mult: float = 100.0,
+        pct_start: float = 0.3,
+        div: float = 5.0,
+        **fit: Any,
+    ) -> None:
+        """Train the last group alone first, then everything: `fine_tune(epochs, ...)`; `fit`: further arguments of `fit`."""
+        schedule = fine_tune_schedule(
+            epochs, freeze_epochs=freeze_epochs, lr_mult=lr_mult, pct_start=pct_start, div=div, moms=self.moms
+        )
+        self.fit(schedule, base_lr, **fit)
+
+    @property
+    def opt(self) -> torch.optim.Optimizer:
+        """The optimizer over the splitter's groups, made when it is first needed."""
+        if self._opt is None:
+            self._opt = self.opt_func(parameter_groups(self.layer_groups, self.model))
+            self._set_weight_decay()
+        return self._opt
+
+    def _set_weight_decay(self) -> None:
+        if self.wd is not None:
+            for group in self.opt.param_groups:
+                if self.wd_bn_bias or group_hyper(group, "wd"):
+                    set_group_hyper(group, "wd", self.wd)
+
+    @property
+    def layer_groups(self) -> list[list[nn.Parameter]]:
+        """The model's parameters as the splitter groups them, first to last."""
+        return [list(group) for group in self.splitter(self.model)]
+
+    def freeze_to(self, n: int, train_bn: bool | None = None) -> None:
+        """Only groups from the `n`-th on train; negative numbers count from the end. train_bn: None: the Learner's."""
+        freeze_to(self.layer_groups, self.model, n, self.train_bn if train_bn is None else train_bn)
+
+    def freeze(self) -> None:
+        """Only the last group trains."""
+        self.freeze_to(-1)
+
+    def unfreeze(self) -> None:
+        """All groups train."""
+        self.freeze_to(0)
+
+    def _to_device(self) -> None:
+        self.model.to(self.device)
+        if isinstance(self.loss_func, nn.Module):
+            self.loss_func.to(self.device)
+
+    # --- the loop ------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
         self.n_epoch = total_epochs(self.schedule)
-        self.epoch = 0
+        self.epoch = self.position.epochs_before(self.schedule)
         self._to_device()
+        if distributed.world() > 1:
+            from training.ranks import Ranks
+
+            self._ranks = Ranks(self.model)
         try:
             self("before_fit")
             self._all_phases()
         except CancelFitException:
+            state.remember(self)
             self("after_cancel_fit")
         finally:
-            self._forward = self.model
-            distributed.alone_again(self.model)
+            if self._ranks is not None:
+                self._ranks.end()
+                self._ranks = None
             self._end_fit()
 
     def _end_fit(self) -> None:
@@ -180,70 +399,50 @@ class Learner:
         if first is not None:
             raise first
 
-    def fit_one_cycle(self, epochs: int, lr_max: float | None = None, *, on: Runner | None = None) -> None:
-        """Train by `one_cycle(epochs)`."""
-        self.fit(one_cycle_schedule(epochs), lr_max, on=on)
-
-    def fine_tune(self, epochs: int, base_lr: float | None = None, *, freeze_epochs: int = 1, on: Runner | None = None) -> None:
-        """Train the last group alone first, then everything: `fine_tune(epochs)`."""
-        self.fit(fine_tune_schedule(epochs, freeze_epochs=freeze_epochs), base_lr, on=on)
-
-    @property
-    def opt(self) -> torch.optim.Optimizer:
-        """The optimizer over the splitter's groups, made when it is first needed."""
-        if self._opt is None:
-            self._opt = self.opt_func(parameter_groups(self.layer_groups, self.model))
-        return self._opt
-
-    @property
-    def layer_groups(self) -> list[list[nn.Parameter]]:
-        """The model's parameters as the splitter groups them, first to last."""
-        return [list(group) for group in self.splitter(self.model)]
-
-    def freeze_to(self, n: int, train_bn: bool = True) -> None:
-        """Only groups from the `n`-th on train; negative numbers count from the end."""
-        freeze_to(self.layer_groups, self.model, n, train_bn)
-
-    def freeze(self) -> None:
-        """Only the last group trains."""
-        self.freeze_to(-1)
-
-    def unfreeze(self) -> None:
-        """All groups train."""
-        self.freeze_to(0)
-
-    def _to_device(self) -> None:
-        self.model.to(self.device)
-        if isinstance(self.loss_func, nn.Module):
-            self.loss_func.to(self.device)
-        self._forward = self.model
-
     def _all_phases(self) -> None:
-        for self.phase in self.schedule:
-            if self.phase.freeze_to is not None:
+        if self.position.opens_epoch:
+            self._restore()
+        while self.position.phase < len(self.schedule):
+            self.phase, self.epoch_in_phase = self.schedule[self.position.phase], self.position.epoch
+            if self.phase.freeze_to is not None and self.epoch_in_phase == 0 and self.position.opens_epoch:
                 self.freeze_to(self.phase.freeze_to, self.phase.train_bn)
-            self._forward = distributed.averaging(self.model)
-            for self.epoch_in_phase in range(self.phase.epochs):
-                self._with_events(self._one_epoch, "epoch", CancelEpochException)
-                self.epoch += 1
-                self.epochs_trained += 1
+            self._with_events(self._one_epoch, "epoch", CancelEpochException, self._epoch_is_done)
+            self.epoch += 1
+
+    def _restore(self) -> None:
+        # After the events before the place where a loaded run goes on: what callbacks set up in them is then as it was.
+        state.restore(self)
+        self._to_restore = None
+
+    def _epoch_is_done(self) -> None:
+        self.position = self.position.next_epoch(self.schedule)
+        self.epochs_trained += 1
 
     def _one_epoch(self) -> None:
-        self.training, self.dl = True, self.dls.train
-        if isinstance(self.dl, Feed):
+        if not self.position.trained:
+            self._train()
+        self._restore()
+        self._validate(self.dls.valid)
+
+    def _train(self) -> None:
+        self.training, self.split_idx, self.dl = True, TRAIN, self.dls.train
+        if hasattr(self.dl, "set_epoch"):
             self.dl.set_epoch(self.epochs_trained)
         self.model.train()
-        self._with_events(self._all_batches, "train", CancelTrainException)
-        self._validate()
+        self._with_events(self._all_batches, "train", CancelTrainException, self._train_is_done)
 
-    def _validate(self) -> None:
-        self.training, self.dl = False, self.dls.valid
+    def _train_is_done(self) -> None:
+        self.position.trained = True
+
+    def _validate(self, dl: Iterable[Any]) -> None:
+        self.training, self.split_idx, self.dl = False, VALID, dl
         self.model.eval()
         distributed.average_buffers(self.model)
         with torch.no_grad():
             self._with_events(self._all_batches, "validate", CancelValidException)
 
     def _all_batches(self) -> None:
+        start = self.position.batch if self.training else 0
         try:
             self.n_iter = len(self.dl)  # type: ignore[arg-type]
         except TypeError:
@@ -255,99 +454,149 @@ class Learner:
             if said and distributed.rank() == 0:
                 print(said, flush=True)
         drawn = 0
-        for self.iter, batch in enumerate(self.dl):
-            drawn += 1
-            self._split(batch)
-            self._with_events(self._one_batch, "batch", CancelBatchException)
-        if self.training and not drawn:
+        try:
+            for self.iter, self.batch in enumerate(self._from_batch(start), start):
+                drawn += 1
+                self._split()
+                self._with_events(self._one_batch, "batch", CancelBatchException, self._batch_is_done)
+        except CancelException as cancel:
+            if self._ranks is None or self.training:
+                raise
+            self._ranks.vote(cancel)  # nobody waits for this rank before the end of the part
+        if self.training and not drawn and not start:
             raise ValueError(
                 "the training data gave no batches in this epoch: an iterator can be used once, give a list or a DataLoader"
             )
+        if self._ranks is not None:
+            self._ranks.agree()
 
-    def _split(self, batch: Sequence[Any]) -> None:
+    def _from_batch(self, start: int) -> Iterable[Any]:
+        if self.training and not hasattr(self.dl, "batches"):
+            return self._plain_from_batch(start)
+        if start:
+            self._restore()
+        return self.dl.batches(start=start) if start else self.dl  # type: ignore[attr-defined]
+
+    def _plain_from_batch(self, start: int) -> Iterable[Any]:
+        # A torch DataLoader draws its order from the global generator: skipped batches are drawn as they were then.
+        if not start:
+            self.epoch_generators = generators()
+            return self.dl
+        self._restore()
+        now = generators()
+        assert self.epoch_generators is not None
+        set_generators(self.epoch_generators)
+        rest = iter(self.dl)
+        for _ in itertools.islice(rest, start):
+            pass
+        set_generators(now)
+        return rest
+
+    def _batch_is_done(self) -> None:
+        if self.training:
+            self.position.batch = self.iter + 1
+
+    def _split(self) -> None:
         n_inp = getattr(self.dls, "n_inp", 1)
-        on_device = [self._move(column) for column in batch]
+        on_device = [self._move(column) for column in self.batch]
         self.xb, self.yb = tuple(on_device[:n_inp]), tuple(on_device[n_inp:])
-        self.rows = len(self.xb[0])
+        # A rank without rows of its own is given one to stay in step with.
+        self.rows = getattr(self.batch, "own_rows", len(self.xb[0]))
         # Plain batches of several ranks are taken to be of one size.
-        self.global_rows = getattr(batch, "global_rows", self.rows * distributed.world())
-        self._keys = getattr(batch, "keys", None)
+        self.global_rows = getattr(self.batch, "global_rows", self.rows * distributed.world())
         self.pred = self.loss = self.loss_grad = None
+        self.loss_count: Tensor | float = self.rows
+        if self._ranks is not None:
+            self._ranks.begin_batch(self.training, borrowed=self.rows == 0)
 
     @property
     def keys(self) -> Tensor:
         """The key of each row's random draws, int64 (rows,) (`blocks.draws`); plain batches are numbered as they come."""
-        if self._keys is None:
+        keys = getattr(self.batch, "keys", None)
+        if keys is None:
             before = (self.iter * distributed.world() + distributed.rank()) << 32
-            self._keys = sample_keys(0, self.epochs_trained, np.arange(self.rows) + before)
-        return self._keys.to(self.device)
+            keys = sample_keys(0, self.epochs_trained, np.arange(len(self.xb[0])) + before)
+        return keys.to(self.device)
 
     def _move(self, column: Any) -> Any:
         return column.to(self.device, non_blocking=True) if isinstance(column, Tensor) else column
 
     def _one_batch(self) -> None:
-        forward = self._forward if self.training else self.model
         # Plain tensors from here on: dispatch on a subclass costs microseconds for every operation of the model.
-        self.pred = forward(*(as_plain(x) for x in self.xb))
+        self.pred = self.model(*(as_plain(x) for x in self.xb))
         self("after_pred")
         if self.yb:
-            self.loss_grad = self.loss_func(self.pred, *(as_plain(y) for y in self.yb))
-            self.loss = self.loss_grad.detach().clone()
+            self._take_loss(*(as_plain(y) for y in self.yb))
             self("after_loss")
         if self.training and self.yb:
+            self._learn_from_batch()
+
+    def _take_loss(self, *targets: Any) -> None:
+        self.loss_grad = self.loss_func(self.pred, *targets)
+        self.loss = self.loss_grad.detach().clone()
+        # What the loss is the mean over: rows, unless it says otherwise (class weights, targets that do not count).
+        count = getattr(self.loss_func, "count", None)
+        if count is not None and self.rows:
+            self.loss_count = count(self.pred, *targets)
+
+    def _learn_from_batch(self) -> None:
+        keep = False
+        try:
             self._with_events(self._backward, "backward", CancelBackwardException)
             self._with_events(self._step, "step", CancelStepException)
-            self.opt.zero_grad()
+        except CancelBatchException:
+            keep = True  # gradients that a callback accumulates
+            raise
+        finally:
+            if not keep:
+                self.opt.zero_grad()
 
     def _backward(self) -> None:
-        # Gradients are averaged over ranks; this makes that the mean over the rows of the global batch.
-        weight = self.rows * distributed.world() / self.global_rows
-        (self.loss_grad if weight == 1 else self.loss_grad * weight).backward()
+        if self._ranks is None:
+            self.loss_grad.backward()
+        else:
+            self._ranks.backward(self.loss_grad, self.loss_count)
 
     def _step(self) -> None:
         self.opt.step()
+        self._batch_is_done()
 
     # --- results -------------------------------------------------------------------------------------------------------
 
-    def validate(self) -> dict[str, float]:
-        """Loss and metrics over the validation part, by name."""
+    def validate(self, dl: Iterable[Any] | None = None) -> dict[str, float]:
+        """Loss and metrics over the validation part, or `dl`, by name."""
         self._to_device()
         self.recorder.values = {}
-        self._validate()
+        self._validate(self.dls.valid if dl is None else dl)
         return {name: value for name, value in self.recorder.values.items() if name.startswith("valid/")}
 
-    def get_preds(self, batches: Iterable[Any] | None = None) -> tuple[Tensor, Tensor]:
-        """Activations (probabilities, for a classifier) and targets of the validation part, or of `batches`, on the CPU."""
+    @contextlib.contextmanager
+    def validation_context(self, *callbacks: Callback) -> Iterator[None]:
+        """With the model where it predicts, in float32, these callbacks as well, and nothing recorded or printed."""
         self._to_device()
-        self.training = False
-        self.model.eval()
-        preds, targets = [], []
-        with torch.no_grad():
-            for batch in self.dls.valid if batches is None else batches:
-                self._split(batch)
-                for callback in self.callbacks:
-                    if isinstance(callback, BatchTransforms):
-                        callback.before_batch(self)
-                pred = self.model(*(as_plain(x) for x in self.xb))
-                preds.append(self.activation(pred).cpu())
-                targets += [as_plain(y).cpu() for y in self.yb]
-        return torch.cat(preds), torch.cat(targets) if targets else torch.empty(0)
+        left_out = [c for c in self.callbacks if isinstance(c, Recorder | Progress | MixedPrecision)]
+        with self.removed_callbacks(*left_out), self.added_callbacks(*callbacks):
+            yield
+
+    @contextlib.contextmanager
+    def loss_not_reduced(self) -> Iterator[None]:
+        """With a loss for each target instead of their mean."""
+        own: Any = self.loss_func
+        reduction = getattr(own, "reduction", None)
+        try:
+            if reduction is not None:
+                own.reduction = "none"
+            else:
+                self.loss_func = functools.partial(own, reduction="none")
+            yield
+        finally:
+            self.loss_func = own
+            if reduction is not None:
+                own.reduction = reduction
 
     def activation(self, pred: Tensor) -> Tensor:
         """The model's output as probabilities or values, as the loss function says."""
         return getattr(self.loss_func, "activation", lambda p: p)(pred)
-
-    def show_results(self, n: int = 16) -> Any:
-        """A matplotlib figure of validation samples, titled target / prediction."""
-        from blocks.show import show_samples
-
-        batch = next(iter(self.dls.valid))
-        probabilities, _ = self.get_preds([batch])
-        decoded = self.dls.decode_batch(self.dls.one_batch())[:n]
-        best = probabilities.argmax(dim=1)
-        names = self.dls.vocab
-        titles = [f"{sample[-1]} / {names[int(b)] if names else int(b)}" for sample, b in zip(decoded, best, strict=False)]
-        return show_samples(decoded, titles)
 
     def export(self, path: Any) -> Any:
         """Write the model as data to the folder `path`; see `training.export`."""
@@ -355,43 +604,24 @@ class Learner:
 
         return export(self, path)
 
-    # --- state ---------------------------------------------------------------------------------------------------------
+    # --- methods in files of their own -----------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Model, optimizer, schedule, position and callbacks: tensors, numbers, strings, lists and dicts only."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": None if self._opt is None else self._opt.state_dict(),
-            "schedule": schedule_to_plain(self.schedule),
-            "position": {"epoch": self.epoch, "epochs_trained": self.epochs_trained, "lr": self.run_lr},
-            "trains": [name for name, p in self.model.named_parameters() if p.requires_grad],
-            "callbacks": {key: c.state_dict() for key, c in self._keyed_callbacks()},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave, of a Learner with the same model and callbacks."""
-        from training.schedule import schedule_from_plain
-
-        self.model.load_state_dict(state["model"])
-        if state["optimizer"] is not None:
-            self._to_device()
-            self.opt.load_state_dict(state["optimizer"])
-        self.schedule = schedule_from_plain(state["schedule"])
-        position = state["position"]
-        self.epoch, self.epochs_trained, self.run_lr = position["epoch"], position["epochs_trained"], position["lr"]
-        trains = set(state["trains"])
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name in trains)
-        for key, callback in self._keyed_callbacks():
-            if key in state["callbacks"]:
-                callback.load_state_dict(state["callbacks"][key])
-
-    def _keyed_callbacks(self) -> Iterator[tuple[str, Callback]]:
-        # By name; the second of a class by name and number.
-        seen: Counter[str] = Counter()
-        for callback in self.callbacks:
-            seen[callback.name] += 1
-            yield callback.name + (f" {seen[callback.name]}" if seen[callback.name] > 1 else ""), callback
+    lr_find = lr_find.lr_find
+    get_preds = results.get_preds
+    predict = results.predict
+    tta = results.tta
+    show_results = results.show_results
+    summary = results.summary
+    show_training_loop = results.show_training_loop
+    to_bf16 = precision.to_bf16
+    to_fp16 = precision.to_fp16
+    to_fp32 = precision.to_fp32
+    to_channels_last = precision.to_channels_last
+    compile = precision.compile
+    state_dict = state.state_dict
+    load_state_dict = state.load_state_dict
+    save = state.save
+    load = state.load
 
 
 def target_type(dls: DataLoaders) -> type[Tensor]:
@@ -401,3 +631,7 @@ def target_type(dls: DataLoaders) -> type[Tensor]:
         raise ValueError("the training data gives no batches, so the loss cannot be inferred from them")
     last = first[-1]
     return type(last) if isinstance(last, TensorBase) else Tensor
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()

@@ -12,6 +12,7 @@ import torch
 
 from training import distributed
 from training.callback import Callback, CancelFitException, CancelTrainException, CancelValidException
+from training.schedule import scaled, top_and_spread
 
 if TYPE_CHECKING:
     from training.learner import Learner
@@ -224,7 +225,8 @@ class ReduceLROnPlateau(ValueWatcher):
         if self.improved(learn) is False and self.waited >= self.patience:
             self.waited = 0
             # The schedule is made of multiples of the run's rate, so this lowers all that is left of it.
-            learn.run_lr = max(learn.run_lr / self.factor, min(self.min_lr, learn.run_lr))
+            rate, _ = top_and_spread(learn.run_lr)
+            learn.run_lr = scaled(learn.run_lr, max(rate / self.factor, min(self.min_lr, rate)) / rate)
 
 
 class TerminateOnNaN(Callback):

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from training import Curve, Phase, Schedule, fine_tune, flat, one_cycle
+from training import Curve, Phase, Schedule, fine_tune, flat, flat_cos, gradual_unfreeze, one_cycle, sgdr
 from training.expressions import read_expression
-from training.schedule import SCHEDULES, as_words, schedule_from_plain, schedule_to_plain, total_epochs
+from training.schedule import SCHEDULES, as_words, scaled, schedule_from_plain, schedule_to_plain, top_and_spread, total_epochs
 
 EXAMPLES = [
     flat(3),
@@ -17,6 +17,12 @@ EXAMPLES = [
     fine_tune(4),
     fine_tune(2, freeze_epochs=3, lr_mult=10),
     fine_tune(1, freeze_epochs=0),
+    flat_cos(3),
+    flat_cos(3, pct_start=0.5),
+    sgdr(3, 1),
+    sgdr(2, 2, cycle_mult=1),
+    gradual_unfreeze(2),
+    gradual_unfreeze(3, stages=2, stage_epochs=2, decay=3),
     (Phase(1, freeze_to=-2, train_bn=False), Phase(2, momentum=Curve(((0.0, 0.9), (0.5, 0.8))), spread=7.5), *flat(1)),
 ]
 each_example = pytest.mark.parametrize("schedule", EXAMPLES)
@@ -62,6 +68,9 @@ def test_plain_is_numbers_lists_and_dicts() -> None:
         (fine_tune(4), "fine_tune(4, freeze_epochs=1)"),
         (fine_tune(2, freeze_epochs=3), "fine_tune(2, freeze_epochs=3)"),
         (fine_tune(2, freeze_epochs=0), "fine_tune(2, freeze_epochs=0)"),
+        (flat_cos(3), "flat_cos(3)"),
+        (sgdr(3, 1), "sgdr(3, 1)"),
+        (gradual_unfreeze(2, stages=2), "gradual_unfreeze(2, stages=2, stage_epochs=1)"),
         ("resnet18", "resnet18"),
         (0.5, "0.5"),
         (None, "None"),
@@ -127,6 +136,52 @@ def test_fine_tune_is_fastais() -> None:
     assert [whole.lr.at(p) for p in (0, 0.3, 1)] == pytest.approx([0.5 / 5, 0.5, 0.5 / 1e5])
 
 
+def test_flat_cos_is_fastais() -> None:
+    (phase,) = flat_cos(4)
+    assert [phase.lr.at(p) for p in (0, 0.74, 0.75, 0.875, 1)] == pytest.approx([1, 1, 1, (1 + 1e-5) / 2, 1e-5])
+    assert phase.momentum is None
+
+
+def test_sgdr_is_fastais() -> None:
+    """Each cycle a cosine from the rate to nothing, twice as long as the one before."""
+    cycles = sgdr(3, 1)
+    assert [phase.epochs for phase in cycles] == [1, 2, 4]
+    assert all([phase.lr.at(p) for p in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0]) for phase in cycles)
+
+
+def test_gradual_unfreeze_frees_a_group_a_stage() -> None:
+    phases = gradual_unfreeze(2, stages=3, decay=2, spread=100)
+    assert [p.freeze_to for p in phases] == [-1, -2, -3, 0]
+    assert [p.epochs for p in phases] == [1, 1, 1, 2]
+    assert [p.spread for p in phases] == [1, 100, 100, 100]
+    assert [p.lr.at(0.25) for p in phases] == pytest.approx([1, 1 / 2, 1 / 4, 1 / 8])
+
+
+def test_the_momentum_of_a_cycle_is_given_as_moms() -> None:
+    (phase,) = one_cycle(1, moms=(0.9, 0.5, 0.7))
+    assert phase.momentum is not None
+    assert [phase.momentum.at(p) for p in (0, 0.25, 1)] == pytest.approx([0.9, 0.5, 0.7])
+
+
+@pytest.mark.parametrize(
+    ("lr", "expected"), [(0.1, (0.1, 1)), (slice(0.01, 0.1), (0.1, 10)), (slice(0.1), (0.1, 10)), (slice(0.1, 0.1), (0.1, 1))]
+)
+def test_rates_of_groups(lr: float | slice, expected: tuple[float, float]) -> None:
+    assert top_and_spread(lr) == pytest.approx(expected)
+
+
+def test_rates_are_scaled_together() -> None:
+    assert scaled(0.5, 0.5) == 0.25
+    assert scaled(slice(0.5, 1.0), 0.5) == slice(0.25, 0.5)
+    assert scaled(slice(1.0), 0.5) == slice(None, 0.5)
+
+
+@pytest.mark.parametrize("lr", [slice(None), slice(0.1, 0.01), slice(0.1, None), slice(1e-3, 1e-2, 3), slice(-1.0, 1.0)])
+def test_rates_that_are_none_are_refused(lr: slice) -> None:
+    with pytest.raises(ValueError, match=r"slice\(first, last\)"):
+        top_and_spread(lr)
+
+
 def test_a_curve_stays_at_its_last_value_and_a_single_point_is_flat() -> None:
     curve = Curve(((0.0, 1.0), (0.5, 3.0)))
     assert [curve.at(p) for p in (0, 0.25, 0.5, 0.75, 1)] == [1, pytest.approx(2), 3, 3, 3]
@@ -157,6 +212,9 @@ def test_a_curve_may_jump() -> None:
         lambda: Curve(((0.0, 1.0), (0.5, 1.0), (0.4, 1.0))),
         lambda: one_cycle(1, pct_start=1.5),
         lambda: one_cycle(1, pct_start=-0.1),
+        lambda: flat_cos(1, pct_start=2),
+        lambda: sgdr(0, 1),
+        lambda: gradual_unfreeze(1, stages=0),
     ],
 )
 def test_values_out_of_range_are_refused(make: Callable[[], object]) -> None:

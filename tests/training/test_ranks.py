@@ -1,0 +1,374 @@
+"""Two and three ranks against one process: gradients, losses of any denominator, borrowed rows, agreement, going on.
+
+Each rank is a process of its own that runs the same jobs in turn; the tests read what they found.
+"""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from blocks import DataLoaders
+from training import (
+    Callback,
+    CancelBatchException,
+    CancelEpochException,
+    CancelFitException,
+    CancelTrainException,
+    CancelValidException,
+    CrossEntropyLossFlat,
+    Learner,
+    accuracy,
+    body_and_head,
+    ranks,
+)
+
+WORLDS = (2, 3)
+SGD = torch.optim.SGD
+Results = dict[str, Any]
+
+GENERATOR = torch.Generator().manual_seed(5)
+X, Y = torch.randn(97, 4, generator=GENERATOR), torch.randint(3, (97,), generator=GENERATOR)
+
+
+class Share(tuple[Any, ...]):
+    """This rank's rows of a global batch; one that does not count where it has none."""
+
+    own_rows: int
+    global_rows: int
+
+
+def shares(rank: int, world: int, rows: int = 97, batch_size: int = 32) -> list[Share]:
+    made = []
+    for start in range(0, rows, batch_size):
+        whole = torch.arange(start, min(start + batch_size, rows))
+        mine = whole.tensor_split(world)[rank]
+        taken = mine if len(mine) else whole[:1]
+        share = Share((X[taken], Y[taken]))
+        share.own_rows, share.global_rows = len(mine), len(whole)
+        made.append(share)
+    return made
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Sequential(nn.Linear(4, 16), nn.Tanh()), nn.Linear(16, 3))
+
+
+def normalised() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def learner(rank: int, world: int, model: nn.Module | None = None, **changes: Any) -> Learner:
+    dls = DataLoaders(shares(rank, world), shares(rank, world, rows=41))
+    settings: Results = {"loss_func": CrossEntropyLossFlat(), "opt_func": SGD, "lr": 0.1} | changes
+    learn = Learner(dls, model or plain(), **settings)
+    learn.remove_callback(learn.progress)  # type: ignore[attr-defined]
+    return learn
+
+
+def found(learn: Learner, **more: Any) -> Results:
+    history = [{k: v for k, v in values.items() if not k.startswith("time/")} for values in learn.recorder.history]
+    return {"weights": {k: v.clone() for k, v in learn.model.state_dict().items()}, "history": history} | more
+
+
+# --- jobs that end as in one process -------------------------------------------------------------------------------------
+
+
+def forty_steps(rank: int, world: int) -> Results:
+    """A prime number of rows in batches of 32: the last batch has one row, which all ranks but one must do without."""
+    learn = learner(rank, world, metrics=accuracy)
+    learn.fit(10)
+    return found(learn)
+
+
+def freezing(rank: int, world: int) -> Results:
+    learn = learner(rank, world, splitter=body_and_head)
+    learn.fine_tune(2, 0.2)
+    return found(learn)
+
+
+def batch_statistics_without_the_borrowed_row(rank: int, world: int) -> Results:
+    learn = learner(rank, world, normalised())
+    learn.dls.train.pop(-2)
+    for _ in range(2):  # the batch of one row would leave no variance: it joins the one before
+        last = learn.dls.train.pop()
+    share = Share((X[:5] + 1, Y[:5])) if rank == 0 else Share((X[:1], Y[:1]))
+    share.own_rows, share.global_rows = 5 * (rank == 0), 5
+    learn.dls.train.append(share)
+    assert last.global_rows == 32
+    learn.fit(2)
+    return found(learn)
+
+
+def weighted_classes(rank: int, world: int) -> Results:
+    """The mean of this loss is over the weights of the targets, not over rows."""
+    learn = learner(rank, world, loss_func=CrossEntropyLossFlat(weight=[1.0, 5.0, 0.5], ignore_index=2))
+    learn.fit(2)
+    return found(learn)
+
+
+class Branching(nn.Module):
+    """Has parameters that only rows with a positive first number use, and some that none uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.common, self.seldom, self.never = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.common(x)
+        chosen = x[:, 0] > 1.5
+        if chosen.any():
+            y = y.index_add(0, chosen.nonzero().flatten(), self.seldom(x[chosen]))
+        return y
+
+
+def parameters_that_not_every_rank_uses(rank: int, world: int) -> Results:
+    learn = learner(rank, world, Branching())
+    learn.fit(2)
+    return found(learn, never=learn.model.never.weight.grad is None)
+
+
+def accumulating(rank: int, world: int) -> Results:
+    class EverySecond(Callback):
+        def before_step(self, learn: Learner) -> None:
+            if learn.iter % 2 == 0:
+                raise CancelBatchException
+
+    learn = learner(rank, world, callbacks=[EverySecond()])
+    learn.fit(2)
+    return found(learn)
+
+
+SAME = (
+    forty_steps,
+    freezing,
+    batch_statistics_without_the_borrowed_row,
+    weighted_classes,
+    parameters_that_not_every_rank_uses,
+    accumulating,
+)
+
+
+# --- agreement -----------------------------------------------------------------------------------------------------------
+
+
+class OneRank(Callback):
+    """On one rank only, raises `error` at an event of the second batch, or of the epoch, of the second epoch."""
+
+    order = 100
+
+    def __init__(self, error: type[Exception], event: str, mine: bool, in_validation: bool = False):
+        self.error, self.event, self.mine, self.in_validation, self.raised = error, event, mine, in_validation, False
+        self.cancelled: list[str] = []
+
+    def at(self, event: str, learn: Learner) -> None:
+        if event.startswith("after_cancel"):
+            self.cancelled.append(f"{event} {learn.epoch} {learn.iter if learn.training else 'validation'}")
+        here = learn.epoch == 1 and (event not in ranks_in_batch or learn.iter == 1) and self.in_validation != learn.training
+        if self.mine and event == self.event and here and not self.raised:
+            self.raised = True
+            raise self.error
+
+
+ranks_in_batch = (
+    "before_batch", "after_pred", "after_loss", "before_backward", "after_backward", "before_step", "after_step", "after_batch",
+)  # fmt: skip
+AT_EVENTS = (*ranks_in_batch, "before_epoch", "before_train", "after_train", "before_validate", "after_validate", "after_epoch")
+for _event in (*AT_EVENTS, *(f"after_cancel_{part}" for part in ("batch", "train", "validate", "epoch", "fit"))):
+    setattr(OneRank, _event, lambda self, learn, event=_event: self.at(event, learn))
+
+CANCELS: list[tuple[type[Exception], str, bool]] = [
+    *((CancelFitException, event, False) for event in (*ranks_in_batch, "before_train", "after_train")),
+    *((CancelFitException, event, True) for event in ("before_validate", "after_loss", "after_validate", "after_epoch")),
+    *((CancelTrainException, event, False) for event in ("before_batch", "after_loss", "after_batch")),
+    *((CancelEpochException, event, False) for event in ("after_loss", "after_train")),
+    *((CancelBatchException, event, False) for event in ("before_batch", "after_loss")),
+    (CancelValidException, "after_loss", True),
+]
+
+
+def cancelled(rank: int, world: int, error: type[Exception], event: str, in_validation: bool) -> Results:
+    one = OneRank(error, event, mine=rank == world - 1, in_validation=in_validation)
+    learn = learner(rank, world, callbacks=[one])
+    learn.fit(3)
+    return found(learn, cancelled=one.cancelled)
+
+
+def stops_at_nan(rank: int, world: int) -> Results:
+    """A loss that is NaN on one rank only stops all before it reaches a weight."""
+
+    def stop(self: Any, learn: Learner) -> None:
+        if not torch.isfinite(learn.loss):
+            raise CancelFitException
+
+    learn = learner(rank, world, callbacks=[type("Stop", (Callback,), {"after_loss": stop})()])
+    if rank == world - 1:
+        learn.dls.train[2][0].fill_(torch.nan)
+    learn.fit(1)
+    return found(learn)
+
+
+# --- going on ------------------------------------------------------------------------------------------------------------
+
+
+class KeepState(Callback):
+    """Keeps the state after some batches of a training."""
+
+    order = 1000
+
+    def __init__(self) -> None:
+        self.kept: dict[int, io.BytesIO] = {}
+        self.steps = 0
+
+    def after_batch(self, learn: Learner) -> None:
+        if learn.training:
+            self.steps += 1
+            if self.steps in (1, 5, 11):
+                torch.save(learn.state_dict(), self.kept.setdefault(self.steps, io.BytesIO()))
+
+
+def goes_on(rank: int, world: int) -> Results:
+    """With buckets so small that there are several."""
+    size, ranks.BUCKET_BYTES = ranks.BUCKET_BYTES, 200
+    unbroken = learner(rank, world, normalised(), splitter=body_and_head, callbacks=[KeepState()])
+    unbroken.dls.train.pop()  # one row has no variance
+    unbroken.fine_tune(3, 0.2)
+    ends = []
+    for file in unbroken.keep_state.kept.values():  # type: ignore[attr-defined]
+        file.seek(0)
+        fresh = learner(rank, world, normalised(), splitter=body_and_head)
+        fresh.dls.train.pop()
+        fresh.load_state_dict(torch.load(file, weights_only=True))
+        fresh.resume()
+        ends.append(found(fresh))
+    ranks.BUCKET_BYTES = size
+    return {"unbroken": found(unbroken), "ends": ends}
+
+
+# --- processes -----------------------------------------------------------------------------------------------------------
+
+
+def run_all(rank: int, world: int) -> dict[str, Any]:
+    results: dict[str, Any] = {job.__name__: job(rank, world) for job in (*SAME, stops_at_nan, goes_on)}
+    results["cancels"] = [cancelled(rank, world, *case) for case in CANCELS]
+    return results
+
+
+def be_a_rank(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / f'meeting{world}'}", rank=rank, world_size=world)
+    torch.save(run_all(rank, world), folder / f"{rank}of{world}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found_by(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What each rank found, by the number of ranks; every warning was an error."""
+    folder = tmp_path_factory.mktemp("ranks")
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", __file__, str(rank), str(world), str(folder)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for world in WORLDS
+        for rank in range(world)
+    ]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0] * len(running), "\n".join(said)
+    return {world: [torch.load(folder / f"{r}of{world}.pt", weights_only=True) for r in range(world)] for world in WORLDS}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return {job.__name__: job(0, 1) for job in SAME} | {"cancels": [cancelled(0, 1, *case) for case in CANCELS]}
+
+
+def assert_near(one: Any, other: Any, atol: float) -> None:
+    assert one.keys() == other.keys()
+    for name in other:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=atol, msg=name)
+
+
+each_world = pytest.mark.parametrize("world", WORLDS)
+
+
+@each_world
+@pytest.mark.parametrize("job", [job.__name__ for job in SAME])
+def test_ranks_end_as_one_process(job: str, world: int, found_by: Any, alone: Any) -> None:
+    for rank in found_by[world]:
+        assert_near(rank[job]["weights"], alone[job]["weights"], atol=1e-5)
+        assert len(rank[job]["history"]) == len(alone[job]["history"])
+        for mine, one in zip(rank[job]["history"], alone[job]["history"], strict=True):
+            assert mine == pytest.approx(one, rel=1e-4, abs=1e-6)
+
+
+@each_world
+def test_ranks_end_with_the_same_bits(world: int, found_by: Any) -> None:
+    first, *others = found_by[world]
+    for other in others:
+        for job in SAME:
+            assert_near(other[job.__name__]["weights"], first[job.__name__]["weights"], atol=0)
+
+
+@each_world
+def test_a_parameter_that_no_rank_uses_has_no_gradient(world: int, found_by: Any) -> None:
+    assert all(rank["parameters_that_not_every_rank_uses"]["never"] for rank in found_by[world])
+
+
+# Within a batch, after the gradients are summed, the others are told with the next ones: they have stepped by then.
+LATER = ("after_backward", "before_step")
+
+
+@each_world
+@pytest.mark.parametrize("case", range(len(CANCELS)), ids=[f"{e.__name__}-{event}" for e, event, _ in CANCELS])
+def test_what_one_rank_cancels_all_do(case: int, world: int, found_by: Any, alone: Any) -> None:
+    error, event, _ = CANCELS[case]
+    ends = [rank["cancels"][case] for rank in found_by[world]]
+    first, *others = ends
+    part = error.__name__.removeprefix("Cancel").removesuffix("Exception").lower().replace("valid", "validate")
+    assert [name.split()[0] for name in first["cancelled"]] == [f"after_cancel_{part}"]
+    for other in others:
+        assert_near(other["weights"], first["weights"], atol=0)
+        assert other["history"] == first["history"]
+        assert [c.split()[:2] for c in other["cancelled"]] == [c.split()[:2] for c in first["cancelled"]]
+    if event not in LATER:
+        assert_near(first["weights"], alone["cancels"][case]["weights"], atol=1e-5)
+        assert len(first["history"]) == len(alone["cancels"][case]["history"])
+
+
+@each_world
+def test_nan_on_one_rank_stops_all_before_the_step(world: int, found_by: Any) -> None:
+    for rank in found_by[world]:
+        assert all(torch.isfinite(w).all() for w in rank["stops_at_nan"]["weights"].values())
+        assert rank["stops_at_nan"]["history"] == []
+
+
+@each_world
+def test_ranks_go_on_with_the_bits_of_the_unbroken_run(world: int, found_by: Any) -> None:
+    for rank in found_by[world]:
+        unbroken = rank["goes_on"]["unbroken"]
+        assert len(rank["goes_on"]["ends"]) == 3
+        for end in rank["goes_on"]["ends"]:
+            assert_near(end["weights"], unbroken["weights"], atol=0)
+            assert end["history"] == unbroken["history"]
+
+
+if __name__ == "__main__":
+    be_a_rank(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

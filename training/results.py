@@ -1,0 +1,253 @@
+"""What a Learner has learned: predictions for many rows or one item, also over augmented rows, and pictures of them."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from blocks.dataloaders import input_tensor
+from blocks.splits import TRAIN, VALID
+from blocks.tensors import as_plain
+from training.callback import EVENTS, Callback
+
+if TYPE_CHECKING:
+    from training.learner import Learner
+
+
+class _Collect(Callback):
+    """Keeps on the CPU what each batch gave."""
+
+    order = 100  # after what others make of it
+
+    def __init__(self, act: Any):
+        self.act = act
+        self.inputs: list[Any] = []
+        self.preds: list[Any] = []
+        self.targets: list[Any] = []
+        self.losses: list[Tensor] = []
+        self.samples: list[Any] = []
+
+    def before_batch(self, learn: "Learner") -> None:
+        self._inputs = _kept(learn.xb)  # after the batch transforms, before the model can change them
+
+    def after_batch(self, learn: "Learner") -> None:
+        if learn.pred is None:
+            return
+        self.inputs.append(self._inputs)
+        self.preds.append(_kept(self.act(learn.pred)))
+        self.targets.append(_kept(learn.yb))
+        if learn.loss is not None:
+            self.losses.append(learn.loss.float().cpu())
+        self.samples.append(getattr(learn.batch, "samples", None))
+
+    def in_row_order(self) -> Any:
+        """What puts the rows in the order of the store; None where that is not known."""
+        if not self.samples or any(s is None for s in self.samples):
+            return None
+        return torch.from_numpy(np.argsort(np.concatenate(self.samples), kind="stable"))
+
+
+def get_preds(
+    learn: "Learner",
+    dl: Iterable[Any] | None = None,
+    *,
+    ds_idx: int = VALID,
+    with_input: bool = False,
+    with_decoded: bool = False,
+    with_loss: bool = False,
+    act: Any = None,
+    reorder: bool = True,
+) -> tuple[Any, ...]:
+    """Activations (probabilities, for a classifier) and targets, on the CPU: (inputs,) preds, targets (, decoded) (, losses).
+
+    dl: batches, by default those of part `ds_idx` of the data. with_decoded: what the loss's `decodes` makes of the
+    activations. with_loss: a loss a row. act: instead of the loss's `activation`. reorder: rows as in the store, where the
+    batches know their place. Several inputs or targets are tuples; without targets there is an empty tensor. Of several
+    ranks, each gets its own rows.
+    """
+    batches = dl if dl is not None else (learn.dls.train if ds_idx == TRAIN else learn.dls.valid)
+    found = _Collect(act or learn.activation)
+    with learn.validation_context(found):
+        if with_loss:
+            with learn.loss_not_reduced():
+                learn._validate(batches)
+        else:
+            learn._validate(batches)
+    if not found.preds:
+        raise ValueError("there are no batches to predict")
+    order = found.in_row_order() if reorder else None
+    preds = _together(found.preds, order)
+    result = [_one_or_all(_together(found.inputs, order))] if with_input else []
+    result += [preds, _one_or_all(_together(found.targets, order))]
+    if with_decoded:
+        result.append(getattr(learn.loss_func, "decodes", lambda p: p)(preds))
+    if with_loss:
+        losses = [loss.flatten(1).mean(1) if loss.ndim > 1 else loss for loss in found.losses]
+        result.append(_together(losses, order) if losses else torch.empty(0))
+    return tuple(result)
+
+
+class Predicted(NamedTuple):
+    """What a Learner says of one item: the target as a person reads it, as the model does, and the activations."""
+
+    decoded: Any
+    prediction: Tensor
+    activations: Tensor
+
+
+def predict(learn: "Learner", item: Any) -> Predicted:
+    """Predict one item, given as `get_x` gives it: `decoded, prediction, activations = learn.predict(path)`."""
+    if learn.dls.encode is None:
+        raise ValueError("the data was not made from a DataBlock, so an item cannot be read: call get_preds on batches")
+    x = input_tensor(learn.dls.encode, item)
+    preds, _, decoded = get_preds(learn, [(x[None],)], with_decoded=True)
+    prediction = decoded[0]
+    names = learn.dls.vocab
+    if not names:
+        return Predicted(prediction, prediction, preds[0])
+    if prediction.ndim == 0:
+        return Predicted(names[int(prediction)], prediction, preds[0])
+    return Predicted(tuple(n for n, yes in zip(names, prediction.tolist(), strict=True) if yes), prediction, preds[0])
+
+
+class _Augmented(Callback):
+    """Has the batch transforms treat rows as training data, with other draws in each round."""
+
+    order = -100  # before the batch transforms
+
+    def before_batch(self, learn: "Learner") -> None:
+        learn.split_idx = TRAIN
+
+
+def tta(
+    learn: "Learner",
+    dl: Iterable[Any] | None = None,
+    *,
+    ds_idx: int = VALID,
+    n: int = 4,
+    beta: float | None = 0.25,
+    use_max: bool = False,
+) -> tuple[Any, Any]:
+    """Activations and targets over `n` rounds with the training part's batch transforms and one without.
+
+    beta: the share of the round without; None gives the pair (mean of the augmented, plain). use_max: the largest over all
+    rounds instead.
+    """
+    batches = dl if dl is not None else (learn.dls.train if ds_idx == TRAIN else learn.dls.valid)
+    plain, targets = get_preds(learn, batches)
+    epoch, drawn = learn.epochs_trained, getattr(batches, "epoch", None)
+    rounds = []
+    try:
+        with learn.added_callbacks(_Augmented()):
+            for learn.epochs_trained in range(1, n + 1):
+                if drawn is not None:
+                    batches.set_epoch(learn.epochs_trained)  # type: ignore[attr-defined]
+                rounds.append(get_preds(learn, batches)[0])
+    finally:
+        learn.epochs_trained = epoch
+        if drawn is not None:
+            batches.set_epoch(drawn)  # type: ignore[attr-defined]
+    augmented = torch.stack(rounds)
+    if use_max:
+        return torch.maximum(augmented.amax(0), plain), targets
+    if beta is None:
+        return (augmented.mean(0), plain), targets
+    return torch.lerp(augmented.mean(0), plain, beta), targets
+
+
+def show_results(learn: "Learner", n: int = 16) -> Any:
+    """A matplotlib figure of validation samples, titled target / prediction."""
+    from blocks.show import show_samples
+
+    batch = next(iter(learn.dls.valid))
+    _, _, decoded = get_preds(learn, [batch], with_decoded=True, reorder=False)
+    samples = learn.dls.decode_batch(learn.dls.one_batch())[:n]
+    names = learn.dls.vocab
+    said = [names[int(d)] if names and d.ndim == 0 else d.tolist() for d in decoded[:n]]
+    return show_samples(samples, [f"{sample[-1]} / {s}" for sample, s in zip(samples, said, strict=True)])
+
+
+def summary(learn: "Learner") -> str:
+    """A table of the model's layers on a batch of the data: output shape, parameters, and whether they train."""
+    lines = []
+    hooks = []
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            own = list(module.parameters())
+            count = f"{sum(p.numel() for p in own):,}" if own else ""
+            trains = ("yes" if all(p.requires_grad for p in own) else "no") if own else ""
+            lines.append((f"{name} {type(module).__name__}".strip(), _shape(output), count, trains))
+
+        return hook
+
+    for name, module in learn.model.named_modules():
+        if not any(True for _ in module.children()):
+            hooks.append(module.register_forward_hook(note(name)))
+    batch = next(iter(learn.dls.train))
+    try:
+        get_preds(learn, [batch])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    parameters = list(learn.model.parameters())
+    total, training = (sum(p.numel() for p in parameters if p.requires_grad or everyone) for everyone in (True, False))
+    loss = getattr(learn.loss_func, "__name__", None) or repr(learn.loss_func)
+    return "\n".join(
+        [
+            f"{type(learn.model).__name__} on batches of {len(batch[0])} rows",
+            *_table([("layer", "output", "parameters", "trains"), *lines]),
+            f"{total:,} parameters, {training:,} train",
+            f"optimizer {getattr(learn.opt_func, '__name__', learn.opt_func)}, loss {loss}",
+            f"callbacks {', '.join(c.name for c in learn.callbacks)}",
+        ]
+    )
+
+
+# How the events lie inside each other; the order is that of `EVENTS`.
+_DEEPER = {"before_epoch": 1, "before_train": 2, "before_batch": 3, "after_train": 2, "before_validate": 2, "after_epoch": 1}
+
+
+def show_training_loop(learn: "Learner") -> None:
+    """Print the events of a training in their order, each with the callbacks that listen to it, in theirs."""
+    depth = 0
+    for event in EVENTS[1:]:
+        depth = {"after_cancel_train": 2, "after_cancel_epoch": 1, "after_cancel_fit": 0, "after_fit": 0}.get(
+            event, _DEEPER.get(event, depth)
+        )
+        if event == "after_batch":
+            depth = 3
+        listening = ", ".join(type(m.__self__).__name__ for m in learn._listeners[event])  # type: ignore[attr-defined]
+        print(f"{'  ' * depth}{event:<24}{listening}".rstrip())
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _shape(output: Any) -> str:
+    return str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
+
+
+def _kept(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return as_plain(value).detach().cpu()
+    return tuple(map(_kept, value)) if isinstance(value, tuple | list) else value
+
+
+def _together(parts: Sequence[Any], order: Tensor | None) -> Any:
+    """The parts of all batches as one tensor, tuples of tensors part by part."""
+    if isinstance(parts[0], tuple):
+        return tuple(_together(column, order) for column in zip(*parts, strict=True))
+    whole = torch.cat([p.reshape(1) if p.ndim == 0 else p for p in parts])
+    return whole if order is None else whole[order]
+
+
+def _one_or_all(values: tuple[Any, ...]) -> Any:
+    if not values:
+        return torch.empty(0)
+    return values[0] if len(values) == 1 else values

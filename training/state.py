@@ -1,0 +1,149 @@
+"""The state of a Learner: all that a training needs to go on as if it had not been broken off.
+
+Tensors, numbers, strings, lists and dicts only, so that `torch.load(weights_only=True)` reads it. "callbacks", "generators"
+and "epoch_generators" are this rank's own; the rest is the same on every rank.
+"""
+
+import copy
+import os
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from training.callback import Callback
+from training.schedule import Schedule, schedule_from_plain, schedule_to_plain
+
+if TYPE_CHECKING:
+    from training.learner import Learner
+
+
+@dataclass
+class Position:
+    """What comes next in a run: `batch` of the training part of `epoch` of `phase`; validation, when that part is `trained`."""
+
+    phase: int = 0
+    epoch: int = 0
+    batch: int = 0
+    trained: bool = False
+
+    @property
+    def opens_epoch(self) -> bool:
+        """Whether an epoch begins here."""
+        return not self.batch and not self.trained
+
+    def next_epoch(self, schedule: Schedule) -> "Position":
+        """The beginning of the epoch after this one."""
+        last = self.epoch + 1 == schedule[self.phase].epochs
+        return Position(self.phase + 1) if last else Position(self.phase, self.epoch + 1)
+
+    def epochs_before(self, schedule: Schedule) -> int:
+        """How many epochs of the run are over."""
+        return sum(phase.epochs for phase in schedule[: self.phase]) + self.epoch
+
+
+def state_dict(learn: "Learner") -> dict[str, Any]:
+    """Model, optimizer, schedule, position, what is frozen, callbacks, random generators. Shares the model's tensors."""
+    named = list(learn.model.named_parameters())
+    lr = learn.run_lr
+    return {
+        "model": learn.model.state_dict(),
+        "optimizer": None if learn._opt is None else learn._opt.state_dict(),
+        "trains": [name for name, p in named if p.requires_grad],
+        "gradients": {name: p.grad for name, p in named if p.grad is not None},  # accumulated over batches
+        "schedule": schedule_to_plain(learn.schedule),
+        "lr": [lr.start, lr.stop] if isinstance(lr, slice) else lr,
+        "position": asdict(learn.position) | {"epoch_of_run": learn.epoch, "epochs_trained": learn.epochs_trained},
+        "callbacks": {key: c.state_dict() for key, c in _keyed(learn.callbacks)},
+        "generators": generators(),
+        "epoch_generators": learn.epoch_generators,
+    }
+
+
+def load_state_dict(learn: "Learner", state: dict[str, Any]) -> None:
+    """Take back what `state_dict` gave, of a Learner with the same model and callbacks; `resume` then goes on from there."""
+    learn._to_device()
+    learn.model.load_state_dict(state["model"])
+    trains, gradients = set(state["trains"]), state["gradients"]
+    for name, p in learn.model.named_parameters():
+        p.requires_grad_(name in trains)
+        p.grad = gradients[name].to(p.device, copy=True) if name in gradients else None
+    if state["optimizer"] is None:
+        learn._opt = None
+    else:
+        learn.opt.load_state_dict(state["optimizer"])
+    learn.schedule = schedule_from_plain(state["schedule"])
+    learn.run_lr = slice(*state["lr"]) if isinstance(state["lr"], list) else state["lr"]
+    position = dict(state["position"])
+    learn.epoch, learn.epochs_trained = position.pop("epoch_of_run"), position.pop("epochs_trained")
+    learn.position = Position(**position)
+    learn.epoch_generators = state["epoch_generators"]
+    learn._to_restore = {key: state[key] for key in ("callbacks", "generators")}
+    restore(learn)
+
+
+def remember(learn: "Learner") -> None:
+    """Keep what `restore` needs, of a run that stops here."""
+    callbacks = {key: c.state_dict() for key, c in _keyed(learn.callbacks)}
+    learn._to_restore = copy.deepcopy({"callbacks": callbacks, "generators": generators()})
+
+
+def restore(learn: "Learner") -> None:
+    """Set callbacks and generators to what they were where the run stopped, if that is known."""
+    if learn._to_restore is not None:
+        for key, callback in _keyed(learn.callbacks):
+            if key in learn._to_restore["callbacks"]:
+                callback.load_state_dict(learn._to_restore["callbacks"][key])
+        set_generators(learn._to_restore["generators"])
+
+
+def save(learn: "Learner", path: str | Path) -> Path:
+    """Write the state to the file `path`, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
+    torch.save(learn.state_dict(), unfinished)
+    unfinished.replace(path)
+    return path
+
+
+def load(learn: "Learner", path: str | Path) -> "Learner":
+    """Take back the state that `save` wrote to `path`, and return the Learner. Runs no code from the file."""
+    learn.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return learn
+
+
+def _keyed(callbacks: list[Callback]) -> Iterator[tuple[str, Callback]]:
+    # By name; the second of a class by name and number.
+    seen: Counter[str] = Counter()
+    for callback in callbacks:
+        seen[callback.name] += 1
+        yield callback.name + (f" {seen[callback.name]}" if seen[callback.name] > 1 else ""), callback
+
+
+def generators() -> dict[str, Any]:
+    """The state of Python's, NumPy's and torch's global random generators."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_generators(state: dict[str, Any]) -> None:
+    """Take back what `generators` gave; those of GPUs where there are as many."""
+    python = state["python"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
