@@ -144,7 +144,6 @@ class Ranks:
         self._launch(buckets[self._launched :])
         for bucket in buckets:
             if bucket.work is not None:
-                if bucket.work is not None:
                 bucket.work.wait()
         self.owes_gradients = False
         total, votes = buckets[0].flat[-len(self._rides) :].cpu().split([1, len(self.votes)])
