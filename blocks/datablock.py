@@ -12,7 +12,7 @@ from blocks.plan import BatchSide, Column, Encode, Fit, Plan, Read, Split, empty
 from blocks.rows import Rows
 from blocks.sources import Source, SourceItems, source_of
 from blocks.splits import LEFT_OUT, TRAIN, VALID, RandomSplitter, Splitter, as_splitter
-from blocks.transform import Pipeline, RandTransform, TransformLike
+from blocks.transform import FunctionTransform, Pipeline, RandTransform, TransformLike, as_transform
 
 if TYPE_CHECKING:
     from blocks.dataloaders import DataLoaders
@@ -109,7 +109,7 @@ class DataBlock:
                 Split(self.splitter, *(() if parts is None else (int((parts == p).sum()) for p in (TRAIN, VALID, LEFT_OUT)))),
                 *(f for c in columns for f in _fits(c)),
                 Encode(columns, once, each_epoch, self._inputs),
-                BatchSide(Pipeline.of(self.batch_tfms) + Pipeline.of(t for b in self.blocks for t in b.batch_tfms)),
+                BatchSide(_with_those_of_blocks(self.batch_tfms, [b.batch_tfms for b in self.blocks])),
             ),
         )
 
@@ -136,6 +136,15 @@ def _getters(name: str, given: Getter | Sequence[Getter], n: int) -> list[Getter
     return list(given)
 
 
+def _with_those_of_blocks(own: Any, of_blocks: Sequence[Any]) -> Pipeline:
+    # Two blocks may bring the same kind, which is to run once: the last one counts, or the person's own.
+    given = Pipeline.of(own)
+    kinds = {type(part) for t in given.transforms for part in t.parts} - {FunctionTransform}
+    brought = [as_transform(t) for tfms in of_blocks for t in tfms]
+    last = {id(t) if isinstance(t, FunctionTransform) else type(t): t for t in brought}
+    return given + Pipeline.of(t for t in last.values() if type(t) not in kinds)
+
+
 def _sides(item_tfms: Pipeline) -> tuple[Pipeline, Pipeline]:
     # What is drawn anew each epoch, and all that follows it, cannot be kept.
     tfms = item_tfms.transforms
@@ -144,7 +153,7 @@ def _sides(item_tfms: Pipeline) -> tuple[Pipeline, Pipeline]:
 
 
 def _item_side(block: DataBlock) -> Pipeline:
-    return Pipeline.of(block.item_tfms) + Pipeline.of(t for b in block.blocks for t in b.item_tfms)
+    return _with_those_of_blocks(block.item_tfms, [b.item_tfms for b in block.blocks])
 
 
 def _opens_file(column: Column) -> bool:

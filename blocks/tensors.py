@@ -5,13 +5,13 @@ Transforms, `show_batch` and `decode` choose what to do by these types; the mode
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
 
 class TensorBase(torch.Tensor):
-    """A tensor whose class says what it means; results of operations on it keep the class of its first typed argument."""
+    """A tensor whose class says what it means; results of operations keep class and attributes of the first typed argument."""
 
     ragged: ClassVar[bool] = False  # stored as rows of different lengths, even where some happen to be alike
     pad_value: ClassVar[float] = 0  # what fills a ragged row up to the longest of its batch
@@ -26,30 +26,31 @@ class TensorBase(torch.Tensor):
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-        return _typed(result, cls._of_first(args))
+        return _typed(result, cls, _first_typed(args))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         copied = self.clone()
         memo[id(self)] = copied
         return copied
 
-    @classmethod
-    def _of_first(cls, args: Iterable[Any]) -> "type[TensorBase]":
-        for arg in args:
-            if isinstance(arg, TensorBase):
-                return type(arg)
-            if isinstance(arg, (list, tuple)):
-                found = cls._of_first(arg)
-                if found is not cls:
-                    return found
-        return cls
+
+def _first_typed(args: Iterable[Any]) -> TensorBase | None:
+    for arg in args:
+        if isinstance(arg, TensorBase):
+            return arg
+        if isinstance(arg, (list, tuple)) and (found := _first_typed(arg)) is not None:
+            return found
+    return None
 
 
-def _typed(result: Any, kind: type[TensorBase]) -> Any:
+def _typed(result: Any, cls: type[TensorBase], first: TensorBase | None) -> Any:
     if type(result) is torch.Tensor:
-        return result.as_subclass(kind)
+        typed = result.as_subclass(cls if first is None else type(first))
+        if first is not None and first.__dict__:
+            typed.__dict__.update(first.__dict__)
+        return typed
     if type(result) in (list, tuple):
-        return type(result)(_typed(r, kind) for r in result)
+        return type(result)(_typed(r, cls, first) for r in result)
     return result
 
 
@@ -66,13 +67,39 @@ class TensorMask(TensorBase):
 
 
 class TensorPoint(TensorBase):
-    """Points (..., n, 2) as (x, y); float32, in pixels until scaled to -1..1 over the picture's width and height."""
+    """Points (..., n, 2) as (x, y); float32, in pixels until scaled to -1..1 over the picture's width and height.
+
+    Pixel number i reaches from i to i + 1: the middle of the upper left pixel is (0.5, 0.5). img_size: (width, height) of
+    their picture, where that is not in the sample.
+    """
 
     ragged: ClassVar[bool] = True
+    coordinates: ClassVar[int] = 2  # numbers in each
+
+    img_size: tuple[int, int] | None
+
+    @classmethod
+    def create(cls, values: Any, img_size: tuple[int, int] | None = None) -> Self:
+        """Pairs of numbers, as lists, an array or a tensor, as (n, 2) points; boxes of four numbers as (n, 4).
+
+        ValueError when they are not that many.
+        """
+        numbers = torch.as_tensor(values, dtype=torch.float32).clone()
+        if numbers.numel() % cls.coordinates or (numbers.ndim > 1 and numbers.numel() and numbers.shape[-1] != cls.coordinates):
+            raise ValueError(f"{cls.__name__} takes rows of {cls.coordinates} numbers, not a shape of {tuple(numbers.shape)}")
+        created = numbers.view(-1, cls.coordinates).as_subclass(cls)
+        if img_size is not None:
+            created.img_size = img_size
+        return created
 
 
 class TensorBBox(TensorPoint):
-    """Boxes (..., n, 4) as (left, top, right, bottom); float32, in pixels until scaled to -1..1 as points are."""
+    """Boxes (..., n, 4) as (left, top, right, bottom); float32, in pixels until scaled to -1..1 as points are.
+
+    A box without area is padding, or has left the picture.
+    """
+
+    coordinates: ClassVar[int] = 4
 
 
 class LabeledBBox(tuple[Any, ...]):
@@ -81,6 +108,12 @@ class LabeledBBox(tuple[Any, ...]):
 
 class TensorCategory(TensorBase):
     """Indices into a vocabulary, int64, (...)."""
+
+
+class TensorBBoxLabel(TensorCategory):
+    """The class of each box of a picture, int64 (..., n); 0 stands for none, and for padding."""
+
+    ragged: ClassVar[bool] = True
 
 
 class TensorMultiCategory(TensorBase):

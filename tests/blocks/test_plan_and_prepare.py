@@ -102,8 +102,8 @@ def test_explain_names_every_stage(digits_block: DataBlock, few_digits: Path) ->
     assert "y: Categorize on the training part" in lines[3]
     assert "x: the_item -> OpenImage(mode='RGB')" in lines[4]
     assert "y: parent_label -> Categorize(vocab=(), sort=True, add_na=False)" in lines[5]
-    assert "sample: Resize(size=(16, 16)) -> ToTensor()" in lines[6]
-    assert lines[7].endswith("device  IntToFloatTensor() -> Normalize(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))")
+    assert "sample: Resize(size=(16, 16), method='crop', pad_mode='reflection') -> ToTensor()" in lines[6]
+    assert lines[7].endswith("device  IntToFloatTensor(div_mask=1) -> Normalize(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))")
 
 
 def test_explain_says_what_came_of_it(digits_block: DataBlock, few_digits: Path) -> None:

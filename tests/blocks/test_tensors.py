@@ -91,3 +91,31 @@ def test_unknown_type_name(name: str) -> None:
 def test_which_types_are_stored_with_their_lengths() -> None:
     assert all(kind.ragged for kind in (TensorPoint, TensorBBox, TensorText))
     assert not any(kind.ragged for kind in (TensorBase, TensorImage, TensorCategory))
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: x[0],
+        lambda x: x * 2,
+        lambda x: torch.stack([x, x]),
+        lambda x: x.to(torch.float64),
+        lambda x: x.to("meta"),
+        lambda x: x.view(-1),
+        lambda x: x.clone(),
+        copy.deepcopy,
+        lambda x: pickle.loads(pickle.dumps(x)),  # noqa: S301  our own bytes
+    ],
+)
+def test_attributes_stay(operation: Callable[[TensorPoint], torch.Tensor]) -> None:
+    result = operation(TensorPoint.create([[1, 2]], img_size=(40, 20)))
+    assert type(result) is TensorPoint
+    assert result.img_size == (40, 20)
+
+
+def test_attributes_of_one_tensor_are_its_own() -> None:
+    given = TensorPoint.create([[1, 2]], img_size=(40, 20))
+    moved = given + 1
+    moved.img_size = (1, 1)
+    assert given.img_size == (40, 20)
+    assert not hasattr(as_plain(given), "img_size")

@@ -10,15 +10,23 @@ import torch
 
 from blocks import (
     Categorize,
+    CropPad,
+    DihedralItem,
     EncodedMultiCategorize,
+    FlipItem,
     IntToFloatTensor,
     ItemTransform,
     MultiCategorize,
     Normalize,
     OneHotEncode,
     OpenImage,
+    OpenMask,
     Pipeline,
+    PointScaler,
+    RandomCrop,
+    RandomResizedCrop,
     RandTransform,
+    RatioResize,
     RegressionSetup,
     Resize,
     TensorBase,
@@ -35,6 +43,7 @@ from blocks.augment import aug_transforms
 from blocks.fingerprint import fingerprint
 from blocks.lighting import Brightness, Contrast, Hue, LightingTfm, RandomErasing, Saturation
 from blocks.pieces import InPieces
+from blocks.points import ClipBoxes, MakeBoxes, MakePoints
 from blocks.transform import _REGISTRY, FunctionTransform, as_transform, transform_from_plain
 
 
@@ -294,6 +303,8 @@ EXAMPLES: list[Transform] = [
     AffineCoordTfm((Flip(), Rotate(20))),
     LightingTfm((Brightness(), Contrast(0.1))),
     InPieces((IntToFloatTensor(), Flip())),
+    *(OpenMask(("sky", "tree")), MakePoints(), MakeBoxes(), PointScaler(y_first=True), ClipBoxes()),
+    *(CropPad(8), RatioResize(9), RandomCrop(8), RandomResizedCrop((8, 9)), FlipItem(p=0.3), DihedralItem()),
 ]
 
 
@@ -320,7 +331,8 @@ class TestContract:
     def test_an_unknown_type_passes_or_is_refused(self, transform: Transform) -> None:
         """Only the first transform of a column takes any object; others let it pass."""
         stranger = object()
-        if isinstance(transform, OpenImage | Categorize | MultiCategorize | EncodedMultiCategorize | RegressionSetup):
+        opens = OpenImage | OpenMask | MakePoints | MakeBoxes
+        if isinstance(transform, opens | Categorize | MultiCategorize | EncodedMultiCategorize | RegressionSetup):
             with pytest.raises((TypeError, ValueError), match="object"):
                 transform(stranger)
         else:

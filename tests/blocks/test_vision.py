@@ -1,29 +1,37 @@
 """Pictures: opened from anything upright and in the right mode, resized, made tensors, normalised and back."""
 
 import io
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from blocks import (
     IMAGENET_STATS,
     ImageBlock,
     IntToFloatTensor,
+    MaskBlock,
     Normalize,
     OpenImage,
     PILImage,
     PILImageBW,
+    PILMask,
     Pipeline,
     Resize,
     TensorImage,
     TensorImageBW,
+    TensorMask,
     ToTensor,
     UnreadableRow,
 )
+from blocks.pixels import PixelMoments
 from blocks.tensors import as_plain
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
@@ -159,6 +167,68 @@ def test_the_first_of_several_frames(tmp_path: Path) -> None:
     with Image.open(file) as stored:
         expected = np.asarray(stored.convert("RGB"))
     assert np.array_equal(np.asarray(PILImage.create(file)), expected)
+
+
+# --- masks ---------------------------------------------------------------------------------------------------------------
+
+NUMBERS = np.array([[0, 1, 2], [3, 4, 250]], np.uint8)
+
+
+def mask_files() -> dict[str, bytes]:
+    palette = Image.fromarray(NUMBERS, "L").convert("P")
+    palette.putpalette([(7 * i) % 256 for i in range(768)])  # colours that say nothing of the numbers
+    alpha = Image.merge("LA", [Image.fromarray(NUMBERS), Image.new("L", (3, 2), 9)])
+    return {
+        "grey": encoded(Image.fromarray(NUMBERS)),
+        "palette": encoded(palette),
+        "sixteen bits": encoded(Image.fromarray(NUMBERS.astype(np.uint16))),
+        "grey with alpha": encoded(alpha),
+        "grey in three channels": encoded(Image.fromarray(NUMBERS).convert("RGB")),
+        "and alpha": encoded(Image.fromarray(NUMBERS).convert("RGBA")),
+    }
+
+
+@pytest.mark.parametrize("name", mask_files())
+def test_a_mask_keeps_its_numbers(name: str) -> None:
+    mask = Pipeline.of(MaskBlock().type_tfms)(mask_files()[name])
+    assert type(mask) is PILMask
+    tensor = ToTensor()(mask)
+    assert type(tensor) is TensorMask
+    assert tensor.dtype == torch.uint8
+    assert np.array_equal(tensor.numpy(), NUMBERS)
+
+
+def test_white_of_black_and_white_is_one() -> None:
+    assert np.asarray(PILMask.create(encoded(Image.fromarray(NUMBERS > 2)))).tolist() == [[0, 0, 0], [1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (picture(), "in colour"),
+        (picture("CMYK"), "mode CMYK"),
+        (Image.fromarray(np.full((2, 2), 256, np.uint16)), "up to 256"),
+        (Image.fromarray(np.full((2, 2), 0.5, np.float32)), "mode F"),
+    ],
+)
+def test_pictures_that_are_no_masks(image: Image.Image, reason: str) -> None:
+    with pytest.raises(UnreadableRow, match=reason):
+        PILMask.create(encoded(image, "TIFF"))
+
+
+def test_a_damaged_mask() -> None:
+    with pytest.raises(UnreadableRow, match="not a readable image"):
+        PILMask.create(b"nothing")
+
+
+def test_masks_on_the_batch_side() -> None:
+    stored = torch.tensor([[[0, 255]]], dtype=torch.uint8).as_subclass(TensorMask)
+    (to_float,) = MaskBlock(div_mask=255).batch_tfms
+    numbers = to_float(stored)
+    assert type(numbers) is TensorMask
+    assert numbers.dtype == torch.int64
+    assert numbers.tolist() == [[[0, 1]]]
+    assert torch.equal(to_float.decode(numbers), stored)
 
 
 # --- what cannot be opened ---------------------------------------------------------------------------------------------
@@ -320,3 +390,48 @@ def test_the_batch_side_leaves_its_argument_alone() -> None:
 def test_bad_stats(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="as many means as positive stds"):
         Normalize(mean, std)
+
+
+# --- statistics of the training part -------------------------------------------------------------------------------------
+
+
+def moments(pixels: np.ndarray) -> PixelMoments:
+    found = PixelMoments()
+    for i, p in enumerate(pixels):
+        found.observe(torch.from_numpy(p).as_subclass(TensorImage), str(i))
+    return found
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(0, 11), min_size=1, max_size=3), st.randoms())
+def test_statistics_of_parts_make_those_of_the_whole(cuts: list[int], random: Any) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (11, 3, 4, 5), dtype=np.uint8)
+    bounds = sorted({0, *cuts, 11})
+    parts = [moments(pixels[a:b]) for a, b in itertools.pairwise(bounds)] + [PixelMoments()]
+    random.shuffle(parts)
+    merged = PixelMoments()
+    for part in parts:
+        merged.merge(PixelMoments.from_plain(json.loads(json.dumps(part.to_plain()))))
+    assert merged == moments(pixels)
+    mean, std = merged.mean_and_std()
+    assert mean == pytest.approx(pixels.mean(axis=(0, 2, 3)) / 255, rel=1e-12)
+    assert std == pytest.approx(pixels.std(axis=(0, 2, 3)) / 255, rel=1e-12)
+
+
+def test_normalize_learns_from_the_training_part() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 3, 8, 8), dtype=np.uint8)
+    normalize = Normalize()
+    assert not normalize.fitted
+    with pytest.raises(ValueError, match="has not learned"):
+        normalize(batch().float())
+    assert normalize.setups(moments(pixels), PixelMoments()) == set()
+    assert normalize.fitted
+    normal = normalize(IntToFloatTensor()(torch.from_numpy(pixels).as_subclass(TensorImage)))
+    torch.testing.assert_close(as_plain(normal).mean(dim=(0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(as_plain(normal).var(dim=(0, 2, 3), correction=0), torch.ones(3), rtol=0, atol=1e-4)
+
+
+def test_a_channel_that_never_changes_becomes_zero() -> None:
+    normalize = Normalize()
+    normalize.setups(moments(np.full((2, 1, 3, 3), 7, np.uint8)), PixelMoments())
+    assert normalize.std == (1.0,)

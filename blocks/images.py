@@ -1,0 +1,159 @@
+"""Pictures and masks from files: opened upright, in the mode that is wanted, and made tensors of bytes."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from blocks.errors import UnreadableRow
+from blocks.tensors import TensorImage, TensorImageBW, TensorMask, as_plain
+from blocks.transform import Transform, dispatch
+
+
+class PILImage(Image.Image):
+    """A picture in colour (mode RGB)."""
+
+    mode_wanted: ClassVar[str] = "RGB"
+
+    @classmethod
+    def create(cls, source: Any) -> Self:
+        """Open a path, encoded bytes, a PIL image or an (h, w[, c]) uint8 array; upright by its EXIF orientation.
+
+        UnreadableRow when the file is missing, empty, truncated or no picture.
+        """
+        try:
+            with _opened(source) as image:
+                converted = cls.converted(ImageOps.exif_transpose(image))
+        # A damaged PNG raises SyntaxError, a truncated file OSError, an absurd size DecompressionBombError.
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UnreadableRow(f"not a readable image: {error}") from error
+        return cls.of(converted)
+
+    @classmethod
+    def converted(cls, image: Image.Image) -> Image.Image:
+        """An upright picture of any mode in the mode of this class. ValueError when that cannot be."""
+        return _eight_bits(image).convert(cls.mode_wanted)
+
+    @classmethod
+    def of(cls, image: Image.Image) -> Self:
+        """The same PIL image as this class."""
+        image.__class__ = cls
+        return image  # type: ignore[return-value]
+
+
+class PILImageBW(PILImage):
+    """A picture in shades of grey (mode L)."""
+
+    mode_wanted: ClassVar[str] = "L"
+
+
+class PILMask(PILImage):
+    """A picture whose pixels are class numbers 0..255 (mode L).
+
+    Of a palette the numbers are kept, not the colours; white of a black-and-white picture is 1; a picture in colour is
+    none, unless red, green and blue are the same, and neither is one with numbers above 255.
+    """
+
+    mode_wanted: ClassVar[str] = "L"
+
+    @classmethod
+    def converted(cls, image: Image.Image) -> Image.Image:
+        numbers = np.asarray(image.getchannel("P") if image.mode == "PA" else image)
+        if image.mode in ("RGB", "RGBA", "LA"):
+            numbers = numbers[..., : 3 if image.mode.startswith("RGB") else 1]
+            if (numbers != numbers[..., :1]).any():
+                raise ValueError("a mask holds one class number a pixel, but this picture is in colour")
+            numbers = numbers[..., 0]
+        if numbers.ndim != 2 or numbers.dtype.kind not in "bui":
+            raise ValueError(f"a mask holds one class number a pixel, but this picture has mode {image.mode}")
+        if numbers.size and (numbers.min() < 0 or numbers.max() > 255):
+            raise ValueError(f"a mask holds class numbers up to 255, but this picture goes up to {numbers.max()}")
+        return Image.fromarray(numbers.astype(np.uint8))
+
+
+def _opened(source: Any) -> Image.Image:
+    match source:
+        case Image.Image():
+            return source.copy()
+        case bytes() | bytearray() | memoryview():
+            return Image.open(io.BytesIO(source))
+        case np.ndarray():
+            return Image.fromarray(source[..., 0] if source.ndim == 3 and source.shape[-1] == 1 else source)
+        case str() | Path():
+            return Image.open(source)
+    raise TypeError(f"an image is a path, bytes, a PIL image or a uint8 array, not {type(source).__name__}")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    # PIL's own conversion cuts 16 bits off at 255, and warns of a palette with transparency.
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).clip(0, 255).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA")
+    return image
+
+
+@dataclass
+class OpenImage(Transform):
+    """A path, bytes or array becomes a `PILImage` (or, with mode "L", a `PILImageBW`)."""
+
+    mode: str = "RGB"
+
+    opens_file: ClassVar[bool] = True
+
+    def encodes(self, x: object) -> Any:
+        return (PILImageBW if self.mode == "L" else PILImage).create(x)
+
+
+@dataclass
+class OpenMask(Transform):
+    """A path, bytes or array becomes a `PILMask`; `vocab` names the classes in the order of their numbers."""
+
+    vocab: tuple[str, ...] = ()
+
+    opens_file: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.vocab = tuple(str(v) for v in self.vocab)
+
+    def encodes(self, x: object) -> Any:
+        return PILMask.create(x)
+
+
+@dataclass
+class ToTensor(Transform):
+    """A PIL image becomes uint8 (channels, height, width), 0..255; a mask (height, width)."""
+
+    order: ClassVar[int] = 5
+
+    @dispatch
+    def encodes(self, x: PILImageBW) -> TensorImageBW:
+        return _pixels(x).as_subclass(TensorImageBW)
+
+    @dispatch  # type: ignore[no-redef]
+    def encodes(self, x: PILMask) -> TensorMask:  # noqa: F811
+        return _pixels(x)[0].as_subclass(TensorMask)
+
+    @dispatch  # type: ignore[no-redef]
+    def encodes(self, x: PILImage) -> TensorImage:  # noqa: F811
+        return _pixels(x).as_subclass(TensorImage)
+
+
+def _pixels(image: Image.Image) -> torch.Tensor:
+    array = np.array(image)  # a copy: PIL's own buffer is read-only
+    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+
+
+def as_picture(x: torch.Tensor) -> PILImage:
+    """What `ToTensor` made a tensor of: TensorImage, TensorImageBW or TensorMask, uint8, as a PIL image."""
+    array = as_plain(x).numpy()
+    match x:
+        case TensorMask():
+            return PILMask.of(Image.fromarray(array))
+        case TensorImageBW():
+            return PILImageBW.of(Image.fromarray(array[0]))
+    return PILImage.of(Image.fromarray(array.transpose(1, 2, 0)))
