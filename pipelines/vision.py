@@ -4,9 +4,10 @@ import os
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-from pydantic import PositiveFloat
+from pydantic import Field, PositiveFloat
 
 from blocks import (
     IMAGENET_STATS,
@@ -23,6 +24,8 @@ from blocks import (
 from blocks.cache import cache_folder
 from training import Learner, Recipe, Schedule, accuracy, body_and_head, one_cycle, recipe, torchvision_classifier
 from training.recipe import SettingError
+
+BatchSize = Annotated[int, Field(ge=2)]  # BatchNorm, which torchvision's classifiers have, needs two rows
 
 
 def image_classifier(dls: DataLoaders, arch: str = "resnet18") -> Learner:
@@ -61,7 +64,7 @@ def digits(
     arch: str = "resnet18",
     lr: PositiveFloat = 3e-3,
     schedule: Schedule = one_cycle(5),
-    batch_size: int = 64,
+    batch_size: BatchSize = 64,
     size: int = 32,
     seed: int = 42,
 ) -> Recipe:
@@ -87,7 +90,7 @@ def folder(
     arch: str = "resnet18",
     lr: PositiveFloat = 3e-3,
     schedule: Schedule = one_cycle(5),
-    batch_size: int = 64,
+    batch_size: BatchSize = 64,
     size: int = 128,
     seed: int = 42,
     max_bad_rows: int = 0,
