@@ -45,7 +45,7 @@ def broken_photos(few_digits: Path, tmp_path: Path) -> Path:
         (["train", "digits", "schedule=5"], "schedule=5 is not a value for this setting of digits"),
         (["train", "digits", "size=0"], "Resize takes a side or (height, width)"),
         (["train", "digits", "workers=0", "arch=resnet19"], "torchvision has no classifier 'resnet19': did you mean "),
-        (["train", "digits", "workers=0", "batch_size=1"], "batch_size=1 is not a value for this setting of digits: Input should be greater than or equal to 2"),
+        (["train", "digits", "workers=0", "batch_size=1"], "Input should be greater than or equal to 2"),
         (["train", "folder"], "folder needs path=..."),
         (["train", "folder", "workers=0", "path=/nowhere"], "there is no folder '/nowhere'"),
         (["train", "nothing_here:pets"], "there is no module 'nothing_here'"),
