@@ -22,16 +22,32 @@ from blocks import (
     parent_label,
 )
 from blocks.cache import cache_folder
-from training import Learner, Recipe, Schedule, accuracy, body_and_head, one_cycle, recipe, torchvision_classifier
+from training import (
+    Learner,
+    Recipe,
+    Schedule,
+    accuracy,
+    body_and_head,
+    one_cycle,
+    precision_callbacks,
+    recipe,
+    torchvision_classifier,
+)
+from training.distributed import default_device
+from training.precision import Precision
 from training.recipe import SettingError
 
 BatchSize = Annotated[int, Field(ge=2)]  # BatchNorm, which torchvision's classifiers have, needs two rows
 
 
-def image_classifier(dls: DataLoaders, arch: str = "resnet18") -> Learner:
-    """A Learner of torchvision's `arch` from random weights, one output a class, with accuracy; two parameter groups."""
+def image_classifier(dls: DataLoaders, arch: str = "resnet18", precision: Precision = "auto") -> Learner:
+    """A Learner of torchvision's `arch` from random weights, one output a class, with accuracy; two parameter groups.
+
+    precision: in which it trains, "auto": bfloat16 where the hardware has it, else float32. It predicts in float32.
+    """
     model = torchvision_classifier(arch=arch, n_out=len(dls.vocab))
-    return Learner(dls, model, splitter=body_and_head, metrics=accuracy)
+    callbacks = precision_callbacks(precision, default_device())
+    return Learner(dls, model, splitter=body_and_head, metrics=accuracy, callbacks=callbacks)
 
 
 def digits_folder() -> Path:

@@ -91,7 +91,8 @@ class _OverRanks(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.track_running_stats:
             return super().forward(x)
-        y, mean, var, count = _Normalised.apply(x, self.weight, self.bias, self.eps, _rows_are_borrowed)
+        # In half precision sums over a batch would be too coarse.
+        y, mean, var, count = _Normalised.apply(x.float(), self.weight, self.bias, self.eps, _rows_are_borrowed)
         with torch.no_grad():
             assert self.running_mean is not None
             assert self.running_var is not None
@@ -100,7 +101,7 @@ class _OverRanks(nn.modules.batchnorm._BatchNorm):
             share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean, share)
             self.running_var.lerp_(var * (count / (count - 1).clamp(min=1)), share)
-        return y
+        return y.to(x.dtype)
 
 
 class _OverRanks1d(_OverRanks, nn.BatchNorm1d):

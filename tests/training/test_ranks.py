@@ -109,6 +109,13 @@ def batch_statistics_without_the_borrowed_row(rank: int, world: int) -> Results:
     return found(learn)
 
 
+def half_precision(rank: int, world: int) -> Results:
+    learn = learner(rank, world, normalised()).to_bf16()
+    learn.dls.train.pop()  # one row has no variance
+    learn.fit(2)
+    return found(learn)
+
+
 def weighted_classes(rank: int, world: int) -> Results:
     """The mean of this loss is over the weights of the targets, not over rows."""
     learn = learner(rank, world, loss_func=CrossEntropyLossFlat(weight=[1.0, 5.0, 0.5], ignore_index=2))
@@ -259,7 +266,7 @@ def goes_on(rank: int, world: int) -> Results:
 
 
 def run_all(rank: int, world: int) -> dict[str, Any]:
-    results: dict[str, Any] = {job.__name__: job(rank, world) for job in (*SAME, stops_at_nan, goes_on)}
+    results: dict[str, Any] = {job.__name__: job(rank, world) for job in (*SAME, half_precision, stops_at_nan, goes_on)}
     results["cancels"] = [cancelled(rank, world, *case) for case in CANCELS]
     return results
 
@@ -325,6 +332,14 @@ def test_ranks_end_with_the_same_bits(world: int, found_by: Any) -> None:
     for other in others:
         for job in SAME:
             assert_near(other[job.__name__]["weights"], first[job.__name__]["weights"], atol=0)
+
+
+@each_world
+def test_half_precision_is_as_close_as_half_precision_can_be(world: int, found_by: Any) -> None:
+    alone = half_precision(0, 1)
+    for rank in found_by[world]:
+        assert_near(rank["half_precision"]["weights"], found_by[world][0]["half_precision"]["weights"], atol=0)
+        assert_near(rank["half_precision"]["weights"], alone["weights"], atol=5e-3)
 
 
 @each_world
