@@ -158,15 +158,15 @@ def tta(
 
 
 def show_results(learn: "Learner", n: int = 16) -> Any:
-    """A matplotlib figure of validation samples, titled target / prediction."""
-    from blocks.show import show_samples
+    """A matplotlib figure of `n` validation samples with their targets and what the Learner predicts, drawn by their types."""
+    from blocks.show import show_results as drawn
 
-    batch = next(iter(learn.dls.valid))
-    _, _, decoded = get_preds(learn, [batch], with_decoded=True, reorder=False)
-    samples = learn.dls.decode_batch(learn.dls.one_batch())[:n]
-    names = learn.dls.vocab
-    said = [names[int(d)] if names and d.ndim == 0 else d.tolist() for d in decoded[:n]]
-    return show_samples(samples, [f"{sample[-1]} / {s}" for sample, s in zip(samples, said, strict=True)])
+    seen = learn.dls.one_batch()
+    _, _, decoded = get_preds(learn, [next(iter(learn.dls.valid))], with_decoded=True, reorder=False)
+    target = seen[-1]
+    predicted = decoded.to(target.dtype).view(target.shape).as_subclass(type(target))
+    samples, predictions = (learn.dls.decode_batch((*seen[:-1], y))[:n] for y in (target, predicted))
+    return drawn(seen[0], target, samples=samples, predictions=[sample[-1] for sample in predictions])
 
 
 def summary(learn: "Learner") -> str:

@@ -144,7 +144,13 @@ def test_show_results_is_a_figure(digits_block: DataBlock, few_digits: Path) -> 
     assert isinstance(figure, Figure)
     titles = [axis.get_title() for axis in figure.axes]
     assert len(titles) == 4
-    assert all(len(title.split(" / ")) == 2 for title in titles)
+    assert all(set(title.split("\n")) <= {"0", "1", "2"} and len(title.split("\n")) == 2 for title in titles)
+
+
+def test_show_results_of_numbers_is_a_table() -> None:
+    rows = [(x, x[:, :1].clone()) for x, _ in batches((4, 3))]
+    figure = learner(DataLoaders(rows, rows), nn.Linear(3, 1), loss_func=MSELossFlat()).show_results(n=3)
+    assert isinstance(figure, Figure)
 
 
 def test_summary_names_layers_shapes_and_parameters() -> None:
