@@ -97,6 +97,7 @@ from .transform import RandTransform as RandTransform
 from .transform import Transform as Transform
 from .transform import dispatch as dispatch
 from .vision import BBoxBlock as BBoxBlock
+from .vision import BBoxLblBlock as BBoxLblBlock
 from .vision import ImageBlock as ImageBlock
 from .vision import MaskBlock as MaskBlock
 from .vision import PointBlock as PointBlock

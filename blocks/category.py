@@ -231,11 +231,8 @@ def CategoryBlock(vocab: Sequence[str] = (), sort: bool = True, add_na: bool = F
 
 
 @dataclass
-class MultiCategorize(_Vocabulary, ItemTransform):
-    """A list of labels becomes one number a class, 1 where it applies; fields as in `Categorize`.
-
-    fastai's OneHotEncode is its second half: how many numbers there are is known once the vocabulary is.
-    """
+class LabelLists(_Vocabulary, ItemTransform, registered=False):
+    """What transforms of lists of labels share: the vocabulary of all that occur."""
 
     summary: ClassVar[type[Summary] | None] = MultiCategoryCounts
 
@@ -247,10 +244,22 @@ class MultiCategorize(_Vocabulary, ItemTransform):
         self.__post_init__()
         return moved
 
-    def encodes(self, x: object) -> TensorMultiCategory:
-        if _missing(x):
+    def indices_in(self, labels: Any) -> list[int]:
+        """The position of each label of a row's list. DataError when it is no list, or one is not in the vocabulary."""
+        if _missing(labels):
             raise DataError("a row has no list of labels; an empty list says that no class applies")
-        return _one_hot([self.index_of(label) for label in _labels(x)], len(self.vocab))
+        return [self.index_of(label) for label in _labels(labels)]
+
+
+@dataclass
+class MultiCategorize(LabelLists):
+    """A list of labels becomes one number a class, 1 where it applies; fields as in `Categorize`.
+
+    fastai's OneHotEncode is its second half: how many numbers there are is known once the vocabulary is.
+    """
+
+    def encodes(self, x: object) -> TensorMultiCategory:
+        return _one_hot(self.indices_in(x), len(self.vocab))
 
     def encodes_column(self, values: pa.Array) -> np.ndarray:
         if values.null_count:

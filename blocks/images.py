@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from blocks.encode import from_stored, to_stored
 from blocks.errors import UnreadableRow
 from blocks.tensors import TensorImage, TensorImageBW, TensorMask, as_plain
 from blocks.transform import Transform, dispatch
@@ -157,3 +158,29 @@ def as_picture(x: torch.Tensor) -> PILImage:
         case TensorImageBW():
             return PILImageBW.of(Image.fromarray(array[0]))
     return PILImage.of(Image.fromarray(array.transpose(1, 2, 0)))
+
+
+# --- in the store, where steps of each epoch follow --------------------------------------------------------------------
+
+
+class StoredImage(TensorImage):
+    """The pixels of a `PILImage`, which is what the steps of each epoch take it for."""
+
+
+class StoredImageBW(TensorImageBW):
+    """The pixels of a `PILImageBW`."""
+
+
+class StoredMask(TensorMask):
+    """The numbers of a `PILMask`."""
+
+
+@dispatch  # type: ignore[no-redef]
+def to_stored(value: PILImage) -> torch.Tensor:  # noqa: F811
+    kind = StoredMask if isinstance(value, PILMask) else StoredImageBW if isinstance(value, PILImageBW) else StoredImage
+    return as_plain(ToTensor()(value)).as_subclass(kind)
+
+
+@dispatch  # type: ignore[no-redef]
+def from_stored(value: StoredImage | StoredImageBW | StoredMask) -> PILImage:  # noqa: F811
+    return as_picture(value)

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from blocks.category import Category, LabelLists
 from blocks.errors import DataError
 from blocks.resize import size_of
 from blocks.tensors import TensorBBox, TensorBBoxLabel, TensorPoint, as_plain
@@ -75,23 +76,41 @@ class ClipBoxes(ItemTransform):
     order: ClassVar[int] = 4
 
     def encodes(self, x: object) -> Any:
-        if isinstance(x, TensorBBox):
-            return _clipped(x)[0]
-        if type(x) is not tuple:
-            return x
-        values, kept = [], None
-        for value in x:
-            if isinstance(value, TensorBBox):
-                value, kept = _clipped(value)
-            elif isinstance(value, TensorBBoxLabel) and kept is not None:
-                if len(value) != len(kept):
-                    raise DataError(f"there are {len(kept)} boxes but {len(value)} labels for them")
-                value, kept = value[kept], None
-            values.append(value)
-        return tuple(values)
+        return _each_clipped(x)
+
+    def decodes(self, x: object) -> Any:
+        return _each_clipped(x)  # without what only filled up the batch
+
+
+def _each_clipped(x: Any) -> Any:
+    if isinstance(x, TensorBBox):
+        return _clipped(x)[0]
+    if type(x) is not tuple:
+        return x
+    values, kept = [], None
+    for value in x:
+        if isinstance(value, TensorBBox):
+            value, kept = _clipped(value)
+        elif isinstance(value, TensorBBoxLabel) and kept is not None:
+            if len(value) != len(kept):
+                raise DataError(f"there are {len(kept)} boxes but {len(value)} labels for them")
+            value, kept = value[kept], None
+        values.append(value)
+    return tuple(values)
 
 
 def _clipped(boxes: TensorBBox) -> tuple[Any, torch.Tensor]:
     clipped = as_plain(boxes).clamp(-1, 1)
     kept = (clipped[:, 2:] > clipped[:, :2]).all(dim=1)
     return clipped[kept].as_subclass(TensorBBox), kept
+
+
+@dataclass
+class BBoxCategorize(LabelLists):
+    """The list of labels of a picture's boxes becomes their indices in the vocabulary, in the order of the boxes."""
+
+    def encodes(self, x: object) -> TensorBBoxLabel:
+        return torch.tensor(self.indices_in(x), dtype=torch.int64).as_subclass(TensorBBoxLabel)
+
+    def decodes(self, x: TensorBBoxLabel) -> list[Category]:
+        return [Category(self.vocab[int(i)]) for i in x]

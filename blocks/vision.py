@@ -6,7 +6,7 @@ import blocks.augment  # noqa: F401  registers its transforms, for exports that 
 from blocks.datablock import TransformBlock
 from blocks.images import OpenImage, OpenMask, PILImage, ToTensor
 from blocks.pixels import IntToFloatTensor
-from blocks.points import ClipBoxes, MakeBoxes, MakePoints, PointScaler
+from blocks.points import BBoxCategorize, ClipBoxes, MakeBoxes, MakePoints, PointScaler
 
 
 def ImageBlock(cls: type[PILImage] = PILImage) -> TransformBlock:  # noqa: N802  fastai's name
@@ -35,3 +35,11 @@ def PointBlock() -> TransformBlock:  # noqa: N802  fastai's name
 def BBoxBlock() -> TransformBlock:  # noqa: N802  fastai's name
     """A block of boxes (left, top, right, bottom) in pixels of their upright picture; -1..1 as points are from then on."""
     return TransformBlock(type_tfms=(MakeBoxes(),), item_tfms=(PointScaler(), ClipBoxes()))
+
+
+def BBoxLblBlock(vocab: Sequence[str] = (), add_na: bool = True) -> TransformBlock:  # noqa: N802  fastai's name
+    """A block of the labels of a `BBoxBlock` before it, a list as long as that of the boxes.
+
+    add_na: the class "#na#", number 0, for labels that are not known and for boxes that only fill up a batch.
+    """
+    return TransformBlock(type_tfms=(BBoxCategorize(tuple(vocab), add_na=add_na),))
