@@ -250,7 +250,7 @@ class Warp(_Geometry):
         a = self._drawn(keys, "a", -self.magnitude, self.magnitude, 0.0)
         b = self._drawn(keys, "b", -self.magnitude, self.magnitude, 0.0)
         there = torch.stack([1 - a * a, -a * b, b, -a * b, 1 - b * b, a, b, a, torch.ones_like(a)], dim=-1)
-        return torch.linalg.inv(there.view(-1, 3, 3))
+        return inverse(there.view(-1, 3, 3))
 
 
 @dataclass
@@ -364,6 +364,13 @@ def _rows(*entries: torch.Tensor | float) -> torch.Tensor:
     return torch.stack(full, dim=-1).view(-1, 3, 3)
 
 
+def inverse(matrix: torch.Tensor) -> torch.Tensor:
+    """The way back of projective matrices (rows, 3, 3), up to a factor, which such matrices do not know."""
+    # By cross products: torch's own inverse would wait for the GPU to say whether there is one.
+    a, b, c = matrix.unbind(dim=1)
+    return torch.stack([torch.linalg.cross(*pair) for pair in ((b, c), (c, a), (a, b))], dim=-1)
+
+
 def _sampled(x: torch.Tensor, drawn: Drawn, mode: str, pad_mode: str, align_corners: bool) -> torch.Tensor:
     # As two planes, not as pairs: half the time of torch's affine_grid and its multiplication of 3 by 2 matrices.
     matrix = drawn.matrix.to(x.device)
@@ -385,7 +392,7 @@ def _steps(n: int, align_corners: bool, device: torch.device) -> torch.Tensor:
 def _points_moved(points: torch.Tensor, drawn: Drawn, align_corners: bool) -> torch.Tensor:
     # Points lie between the outer edges of a picture; where the matrix counts between the centres of its outermost pixels,
     # they are scaled on the way in and out.
-    back = torch.linalg.inv(drawn.matrix).to(points.device)
+    back = inverse(drawn.matrix).to(points.device)
     there, here = (_scale(size, align_corners, points) for size in (drawn.before, drawn.after))
     x, y = (points * there).unbind(-1)
     u, v, w = (back[:, i, 0, None] * x + back[:, i, 1, None] * y + back[:, i, 2, None] for i in range(3))

@@ -8,7 +8,7 @@ import torch
 
 from blocks.encode import encode_sample
 from blocks.feed import Batch, Feed
-from blocks.plan import Encode, Plan
+from blocks.plan import Encode, Plan, the_item
 from blocks.prepared import Prepared
 from blocks.splits import TRAIN, VALID
 from blocks.transform import Pipeline
@@ -97,9 +97,10 @@ def dataloaders_of(plan: Plan, prepared: Prepared, *, batch_size: int, seed: int
 
 
 def input_tensor(encode: Encode, item: Any) -> torch.Tensor:
-    """The input column of one item, encoded as it was for training: `item` is what `get_x` gives."""
-    x = encode.columns[0]
-    return encode_sample(replace(encode, columns=(replace(x, getter=lambda i: i),)), str(item)[:200], item)[0]
+    """The input column of one item, encoded as validation data are: `item` is what `get_x` gives."""
+    x = replace(encode.columns[0], getter=the_item, keeps_file=False)
+    at_once = replace(encode, columns=(x,), item_tfms=encode.item_tfms + encode.each_epoch, each_epoch=Pipeline())
+    return encode_sample(at_once, str(item)[:200], item)[0]
 
 
 def _size(loader: Any) -> str:

@@ -59,7 +59,7 @@ def export(learn: "Learner", path: str | Path) -> Path:
         "format": FORMAT,
         "model": {"builder": spec.builder, "arguments": spec.arguments},
         "input": encode.columns[0].type_tfms.to_plain(),
-        "item_tfms": encode.item_tfms.to_plain(),
+        "item_tfms": (encode.item_tfms + encode.each_epoch).to_plain(),
         "batch_tfms": learn.dls.batch_tfms.to_plain(),
         "vocab": list(learn.dls.vocab),
         "loss": loss,

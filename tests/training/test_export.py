@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,20 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from blocks import CategoryBlock, DataBlock, DataLoaders, ImageBlock, RandomSplitter, Resize, get_image_files, parent_label
+from blocks import (
+    CategoryBlock,
+    DataBlock,
+    DataLoaders,
+    FlipItem,
+    ImageBlock,
+    RandomResizedCrop,
+    RandomSplitter,
+    Resize,
+    get_image_files,
+    parent_label,
+)
 from blocks.errors import UnreadableRow, UserError
+from blocks.tensors import as_plain
 from blocks.transform import registered_name
 from training import Learner, accuracy, body_and_head, load_predictor, model_builder, torchvision_classifier
 from training.models import BUILDERS, ModelSpec
@@ -73,6 +86,20 @@ def test_the_predictor_says_what_the_learner_says(learn: Learner, exported: Path
         assert list(prediction.probabilities.values()) == pytest.approx(row.tolist(), abs=1e-6)
         assert prediction.probability == max(prediction.probabilities.values())
     assert len({p.probability for p in predicted}) > 1
+
+
+@pytest.mark.parametrize("item_tfms", [RandomResizedCrop(16), [Resize(16), FlipItem()]], ids=["stored files", "stored pixels"])
+def test_steps_of_each_epoch_are_exported(few_digits: Path, digits_block: DataBlock, tmp_path: Path, item_tfms: Any) -> None:
+    """Outside training they are steady, and what follows them has to run for a prediction."""
+    dls = replace(digits_block, item_tfms=item_tfms).dataloaders(few_digits, batch_size=16)
+    learn = Learner(dls, little(width=8, n_out=len(dls.vocab)))
+    learn.export(tmp_path / "exported")
+    files = valid_files(learn, few_digits)
+    probabilities = load_predictor(tmp_path / "exported").probabilities(files)
+    learn.model.eval()
+    with torch.no_grad():
+        expected = torch.cat([learn.model(as_plain(dls.batch_tfms(b[0]))).softmax(1) for b in dls.valid])
+    torch.testing.assert_close(probabilities, expected)
 
 
 def test_paths_bytes_and_one_by_one_are_the_same(learn: Learner, exported: Path, few_digits: Path) -> None:
