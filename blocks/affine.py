@@ -2,7 +2,8 @@
 
 Each transform gives a projective matrix a sample, from where a pixel goes to where it comes from, in coordinates from -1 to
 1 over width and height. Matrices multiply, so neighbours in a Pipeline become one `AffineCoordTfm`, and the pixels are read
-once: bilinear for pictures, nearest for masks. Points and boxes go through the inverse of the same matrix.
+once: bilinear for pictures, nearest for masks. Points and boxes go through the inverse of the same matrix. (torchvision's
+transforms move all of them together too, but draw once for a whole batch.)
 """
 
 import math
@@ -15,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 from blocks.draws import bernoulli, randint, stream_of, uniform
 from blocks.pieces import ByPiece
 from blocks.tensors import TensorBBox, TensorImage, TensorMask, TensorPoint, as_plain
-from blocks.transform import RandTransform, Transform, dispatch
+from blocks.transform import RandTransform, Transform, dispatch, with_own_keys
 
 PAD_MODES = ("reflection", "border", "zeros")
 MODES = ("bilinear", "nearest", "bicubic")
@@ -154,11 +155,7 @@ class AffineCoordTfm(_Geometry):
 
     def matrix(self, keys: torch.Tensor, height: int, width: int) -> torch.Tensor:
         product = torch.eye(3, device=keys.device).expand(len(keys), 3, 3)
-        seen: dict[type, int] = {}
-        for t in self.tfms:
-            # The second of a kind draws other numbers than the first.
-            own = keys + seen.setdefault(type(t), 0)
-            seen[type(t)] += 1
+        for t, own in with_own_keys(self.tfms, keys):
             product = product @ t.matrix(own[:1].expand_as(own) if t.batch else own, height, width)
         return product
 

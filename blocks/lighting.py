@@ -13,7 +13,7 @@ import torch
 from blocks.draws import bernoulli, normal, randint, stream_of, uniform
 from blocks.pieces import ByPiece
 from blocks.tensors import TensorImage, as_plain
-from blocks.transform import RandTransform, Transform
+from blocks.transform import RandTransform, Transform, with_own_keys
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: the shade of grey of red, green and blue; together 1
 
@@ -80,12 +80,8 @@ class LightingTfm(_Lighting):
     def light(self, keys: torch.Tensor) -> Light:
         one = torch.ones(len(keys), device=keys.device)
         own, grey, bias = one, torch.zeros_like(one), torch.zeros_like(one)
-        seen: dict[type, int] = {}
-        for t in self.tfms:
-            # The second of a kind draws other numbers than the first.
-            keys_of_t = keys + seen.setdefault(type(t), 0)
-            seen[type(t)] += 1
-            then = t.draw(None, keys_of_t)
+        for t, own_keys in with_own_keys(self.tfms, keys):
+            then = t.draw(None, own_keys)
             grey = then.own * grey + then.grey * (own + grey)
             own = then.own * own
             bias = (then.own + then.grey) * bias + then.bias

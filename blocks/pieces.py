@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from blocks.tensors import TensorImage, as_plain
-from blocks.transform import RandTransform, Transform
+from blocks.transform import RandTransform, Transform, with_own_keys
 
 PIECE_BYTES = 2_000_000  # of pictures as float32
 
@@ -49,7 +49,7 @@ class InPieces(RandTransform):
 
     def draw(self, x: Any, keys: torch.Tensor) -> list[tuple[Transform, Any]]:
         """Each transform that acts, with what it draws; None for one that draws nothing."""
-        return [(t, t.draw(x, keys) if isinstance(t, RandTransform) else None) for t in self.tfms]
+        return [(t, t.draw(x, own) if isinstance(t, RandTransform) else None) for t, own in with_own_keys(self.tfms, keys)]
 
     def steady(self, x: Any) -> list[tuple[Transform, Any]]:
         for_all = [t for t in self.tfms if t.split_idx is None]

@@ -9,9 +9,10 @@ DisplayedTransform has no counterpart (each one displays its fields), nor has In
 import dataclasses
 import inspect
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
 import plum
 import torch
@@ -281,6 +282,17 @@ class RandTransform(Transform, registered=False):
         return x if drawn is None else _each(self.encodes, x, drawn)
 
 
+AnyTransform = TypeVar("AnyTransform", bound=Transform)
+
+
+def with_own_keys(tfms: Iterable[AnyTransform], keys: torch.Tensor | None) -> Iterator[tuple[AnyTransform, Any]]:
+    """Each transform with the keys it draws by: the second of a kind draws other numbers than the first."""
+    seen: Counter[type] = Counter()
+    for t in tfms:
+        yield t, keys if keys is None or not seen[type(t)] else keys + seen[type(t)]
+        seen[type(t)] += 1
+
+
 @dataclasses.dataclass
 class FunctionTransform(Transform, registered=False):
     """A plain function used as a transform, of values of the type its first parameter is annotated with, if it is.
@@ -356,12 +368,12 @@ class Pipeline:
 
         keys: int64 (rows,), by which random transforms draw; ValueError when one has to and there are none.
         """
-        for t in self.transforms:
+        for t, own in with_own_keys(self.transforms, keys):
             if t.split_idx is None or t.split_idx == split_idx:
                 if not isinstance(t, RandTransform):
                     x = t(x)
                 elif split_idx == 0:
-                    x = t(x, keys=keys)
+                    x = t(x, keys=own)
                 else:
                     x = t.outside_training(x)
         return x

@@ -43,7 +43,7 @@ from blocks.augment import aug_transforms
 from blocks.fingerprint import fingerprint
 from blocks.lighting import Brightness, Contrast, Hue, LightingTfm, RandomErasing, Saturation
 from blocks.pieces import InPieces
-from blocks.points import ClipBoxes, MakeBoxes, MakePoints
+from blocks.points import BBoxCategorize, ClipBoxes, MakeBoxes, MakePoints
 from blocks.transform import _REGISTRY, FunctionTransform, as_transform, transform_from_plain
 
 
@@ -304,6 +304,7 @@ EXAMPLES: list[Transform] = [
     LightingTfm((Brightness(), Contrast(0.1))),
     InPieces((IntToFloatTensor(), Flip())),
     *(OpenMask(("sky", "tree")), MakePoints(), MakeBoxes(), PointScaler(y_first=True), ClipBoxes()),
+    BBoxCategorize(("cat",), add_na=True),
     *(CropPad(8), RatioResize(9), RandomCrop(8), RandomResizedCrop((8, 9)), FlipItem(p=0.3), DihedralItem()),
 ]
 
@@ -331,7 +332,7 @@ class TestContract:
     def test_an_unknown_type_passes_or_is_refused(self, transform: Transform) -> None:
         """Only the first transform of a column takes any object; others let it pass."""
         stranger = object()
-        opens = OpenImage | OpenMask | MakePoints | MakeBoxes
+        opens = OpenImage | OpenMask | MakePoints | MakeBoxes | BBoxCategorize
         if isinstance(transform, opens | Categorize | MultiCategorize | EncodedMultiCategorize | RegressionSetup):
             with pytest.raises((TypeError, ValueError), match="object"):
                 transform(stranger)
@@ -551,3 +552,11 @@ def test_no_field_may_be_called_name() -> None:
         @dataclass
         class Person(Transform):
             name: str
+
+
+def test_the_second_of_a_kind_draws_other_numbers_than_the_first() -> None:
+    x = torch.zeros(4, 3, 8, 8).as_subclass(TensorImage)
+    erase = RandomErasing(p=1, sl=0.2)
+    keys = torch.arange(4)
+    once, twice = (Pipeline.of([erase] * n)(x, split_idx=0, keys=keys) != 0 for n in (1, 2))
+    assert twice.sum() > once.sum()
