@@ -406,5 +406,7 @@ class Pipeline:
 def _short(t: Transform) -> str:
     if isinstance(t, FunctionTransform):
         return getattr(t.function, "__name__", repr(t.function))
+    if len(t.parts) > 1:
+        return "+".join(type(part).__name__ for part in t.parts)
     text = repr(t)
     return text if len(text) <= 100 else text[:97] + "...)"

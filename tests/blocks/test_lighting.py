@@ -172,6 +172,7 @@ def test_the_usual_augmentation_is_one_transform() -> None:
     pipeline = Pipeline.of([*aug_transforms(), Hue(), IntToFloatTensor()])
     (one,) = pipeline.transforms
     assert isinstance(one, InPieces)
+    assert str(pipeline) == "IntToFloatTensor+Flip+Warp+Rotate+Zoom+Brightness+Contrast+Hue"
     assert [type(t) for t in one.tfms] == [IntToFloatTensor, AffineCoordTfm, LightingTfm, Hue]
     assert Pipeline.from_plain(json.loads(json.dumps(pipeline.to_plain()))) == pipeline
 

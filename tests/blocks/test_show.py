@@ -79,6 +79,13 @@ def test_boxes_have_names() -> None:
     assert [text.get_text() for text in axis.texts] == ["cat"]
 
 
+def test_boxes_and_their_labels_as_two_targets() -> None:
+    axis = show_batch(X, BOXES, samples=[(PICTURE, BOXES, ["cat"])]).axes[0]
+    assert len(axis.patches) == 1
+    assert [t.get_text() for t in axis.texts] == ["cat"]
+    assert axis.get_title() == ""
+
+
 def test_grey_float_and_typed_values_are_drawn() -> None:
     assert show(torch.rand(1, 8, 8).as_subclass(TensorImageBW)).axes[0].images[0].get_cmap().name == "gray"
     assert show(torch.rand(3, 8, 8).as_subclass(TensorImage) * 3 - 1).axes[0].images[0].get_array().max() <= 1
