@@ -1,6 +1,6 @@
 """`DataBlock`: what the data is, in fastai's words. With a source it becomes a `Plan`; carried out, `DataLoaders`."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,16 @@ Getter = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class TransformBlock:
-    """What one block brings: transforms from item to typed value, for the whole sample, and for the batch."""
+    """What one block brings: transforms from item to typed value, for the whole sample, and for the batch.
+
+    dls_kwargs: settings of the feed that this kind of data needs, as `DataLoaders.new` takes them; pad is here the number that
+    fills the short rows of this block's columns.
+    """
 
     type_tfms: tuple[TransformLike, ...] = ()
     item_tfms: tuple[TransformLike, ...] = ()
     batch_tfms: tuple[TransformLike, ...] = ()
+    dls_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,10 @@ class DataBlock:
                 Split(self.splitter, *(() if parts is None else (int((parts == p).sum()) for p in (TRAIN, VALID, LEFT_OUT)))),
                 *(f for c in columns for f in _fits(c)),
                 Encode(columns, once, each_epoch, self._inputs),
-                BatchSide(_with_those_of_blocks(self.batch_tfms, [b.batch_tfms for b in self.blocks])),
+                BatchSide(
+                    _with_those_of_blocks(self.batch_tfms, [b.batch_tfms for b in self.blocks]),
+                    _feed_settings(self.blocks, columns),
+                ),
             ),
         )
 
@@ -124,6 +132,17 @@ class DataBlock:
 
 def _names(kind: str, n: int) -> list[str]:
     return [kind] if n == 1 else [f"{kind}{i}" for i in range(n)]
+
+
+def _feed_settings(blocks: Sequence[TransformBlock], columns: Sequence[Column]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    pad = {}
+    for block, column in zip(blocks, columns, strict=True):
+        own = dict(block.dls_kwargs)
+        if "pad" in own:
+            pad[column.name] = own.pop("pad")
+        settings |= own
+    return settings | {"pad": pad} if pad else settings
 
 
 def _getters(name: str, given: Getter | Sequence[Getter], n: int) -> list[Getter]:

@@ -4,14 +4,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
+from blocks.draws import sample_keys
 from blocks.encode import encode_sample
 from blocks.feed import Batch, Feed
-from blocks.plan import Encode, Plan, the_item
+from blocks.newitems import NewItems, only_inputs
+from blocks.plan import BatchSide, Encode, Plan, the_item
 from blocks.prepared import Prepared
+from blocks.sources import source_of
 from blocks.splits import TRAIN, VALID
-from blocks.transform import Pipeline
+from blocks.tensors import TensorCategory
+from blocks.transform import Pipeline, TransformLike
+
+_BOTH = ("batch_size", "pad", "samples", "sort_by_length", "lanes")
+_TRAINING = ("seed", "drop_last", "weights", "partial_n")
 
 
 @dataclass(frozen=True)
@@ -20,6 +28,9 @@ class DataLoaders:
 
     batch_tfms run on each batch on the model's device. n_inp: how many of a batch's columns are inputs.
     encode, prepared: the item side and the store, where the data came from a DataBlock.
+
+    fastai's `from_dblock` is `block.dataloaders(source)`, `from_dsets` this constructor with loaders of any kind, `test_dl` is
+    `test`, `weighted_dataloaders` `weighted`. Batches are moved to the model's device by the `Learner`.
     """
 
     train: Iterable[Any]
@@ -32,13 +43,54 @@ class DataLoaders:
 
     def shard(self, rank: int, world: int) -> "DataLoaders":
         """The same data as one of `world` ranks sees it. TypeError when it cannot be divided."""
+        train, valid = self._feeds("several workers need data that can be divided among them")
+        return replace(self, train=train.shard(rank, world), valid=valid.shard(rank, world))
+
+    def new(self, **settings: Any) -> "DataLoaders":
+        """The same prepared data drawn in another way: `dls.new(batch_size=32, drop_last=True)`.
+
+        Of the settings of `Feed`, batch_size, pad, samples, sort_by_length and lanes hold for both parts; seed, drop_last,
+        weights and partial_n for training. TypeError for data that was not prepared.
+        """
+        unknown = sorted(settings.keys() - {*_BOTH, *_TRAINING})
+        if unknown:
+            raise TypeError(f"{unknown[0]!r} is not a setting of a feed; there are {', '.join((*_BOTH, *_TRAINING))}")
+        train, valid = self._feeds("what is drawn from data can be changed where fastray draws it")
+        both = {name: value for name, value in settings.items() if name in _BOTH}
+        return replace(self, train=replace(train, **settings), valid=replace(valid, **both))
+
+    def add_tfms(self, tfms: TransformLike | Iterable[TransformLike]) -> "DataLoaders":
+        """The same data with further batch transforms, in their order among those there are."""
+        return replace(self, batch_tfms=self.batch_tfms + Pipeline.of(tfms))
+
+    def weighted(self, weights: Sequence[float] | np.ndarray | None = None) -> "DataLoaders":
+        """The same data, training rows drawn with replacement, each as often as its weight says.
+
+        weights: one number a training row, in the order of `dls.train.ids()`; by default such that all classes come equally
+        often.
+        """
+        train, _ = self._feeds("rows can be weighted where fastray draws them")
+        return self.new(weights=class_weights(train) if weights is None else weights)
+
+    def test(self, items: Any, *, with_labels: bool = False, batch_size: int | None = None) -> NewItems:
+        """Batches of new items, in their order, encoded as the validation part was: inputs alone, or `with_labels` all of it.
+
+        items: as `get_items` gives them, or a table such as a DataFrame or a CSV file. For `learn.get_preds(dls.test(items))`.
+        """
+        if self.encode is None:
+            raise TypeError("only data made by a DataBlock knows how to encode new items: pass batches of your own")
+        encode = self.encode if with_labels else only_inputs(self.encode)
+        size = batch_size or getattr(self.valid, "batch_size", None) or 64
+        return NewItems(source_of(items, None), encode, size, getattr(self.valid, "pad", {}))
+
+    def _feeds(self, why: str) -> tuple[Feed, Feed]:
         if not isinstance(self.train, Feed) or not isinstance(self.valid, Feed):
-            undivided = self.valid if isinstance(self.train, Feed) else self.train
+            other = self.valid if isinstance(self.train, Feed) else self.train
             raise TypeError(
-                "several workers need data that can be divided among them: make it with block.dataloaders(source) or "
-                f"cluster.dataloaders(block, source), not from {type(undivided).__name__}"
+                f"{why}: make it with block.dataloaders(source) or cluster.dataloaders(block, source), not from "
+                f"{type(other).__name__}"
             )
-        return replace(self, train=self.train.shard(rank, world), valid=self.valid.shard(rank, world))
+        return self.train, self.valid
 
     @property
     def vocab(self) -> tuple[str, ...]:
@@ -60,8 +112,13 @@ class DataLoaders:
         samples = list(zip(*columns, strict=True))
         if self.encode is None:
             return samples
-        tfms = [c.type_tfms for c in self.encode.columns]
-        return [tuple(t.decode(v) for t, v in zip(tfms, sample, strict=True)) for sample in samples]
+        encode = self.encode
+        if len(columns) == encode.n_input_columns < len(encode.layout):
+            encode = only_inputs(encode)
+        return [
+            tuple(c.type_tfms.decode(value) for c, value in zip(encode.columns, encode.nested(sample), strict=True))
+            for sample in samples
+        ]
 
     def show_batch(self, n: int = 16, part: int = TRAIN) -> Any:
         """A matplotlib figure of the first `n` samples of a batch as the model sees them (`blocks.show.show_batch`)."""
@@ -76,24 +133,39 @@ class DataLoaders:
 
 
 def transformed(batch: Any, tfms: Pipeline, part: int) -> Any:
-    """`tfms` applied to each column of a batch; the ids stay with it."""
+    """`tfms` applied to each column of a batch; the ids stay with it, and its keys are what random transforms draw by."""
     if not tfms.transforms:
         return batch
-    mapped = tfms(tuple(batch), split_idx=part)
-    return Batch(mapped, batch._ids, batch.global_rows) if isinstance(batch, Batch) else mapped
+    keys = batch.keys if isinstance(batch, Batch) else sample_keys(0, 0, np.arange(len(batch[0])))
+    mapped = tfms(tuple(batch), split_idx=part, keys=keys.to(batch[0].device))
+    return batch.with_columns(mapped) if isinstance(batch, Batch) else mapped
+
+
+def class_weights(feed: Feed) -> np.ndarray:
+    """For each row of a feed, in the order of its `ids()`, one over the number of rows of its class, float64 (rows,).
+
+    TypeError when the last column is not a category.
+    """
+    codes = feed.column(-1)
+    if not isinstance(codes, TensorCategory) or codes.ndim != 1:
+        raise TypeError(f"classes are balanced by a category, but the last column is {type(codes).__name__}: give weights")
+    return 1 / np.bincount(codes.numpy())[codes.numpy()]
 
 
 def dataloaders_of(plan: Plan, prepared: Prepared, *, batch_size: int, seed: int) -> DataLoaders:
-    """The loaders of a plan that was carried out."""
-    return DataLoaders(
-        train=Feed(prepared, TRAIN, batch_size, shuffle=True, seed=seed),
-        valid=Feed(prepared, VALID, batch_size, shuffle=False),
+    """The loaders of a plan that was carried out: resident where the store fits into this machine's memory, else in lanes."""
+    side = plan.stage(BatchSide)
+    lanes = side.in_lanes(prepared)
+    dls = DataLoaders(
+        train=Feed(prepared, TRAIN, batch_size, shuffle=True, seed=seed, lanes=lanes),
+        valid=Feed(prepared, VALID, batch_size, shuffle=False, lanes=lanes),
         batch_tfms=plan.batch_tfms,
         n_inp=prepared.encode.n_input_columns,
         encode=prepared.encode,
         prepared=prepared,
         plan_text=plan.explain(prepared),
     )
+    return dls.new(**side.feed)
 
 
 def input_tensor(encode: Encode, item: Any) -> torch.Tensor:

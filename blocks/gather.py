@@ -4,12 +4,14 @@ A batch is a copy and nobody else's: what is done to it never reaches the data, 
 (A new buffer for each batch was as fast as a ring of reused ones: the allocator hands out again what nobody holds.)
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +23,7 @@ from blocks.shards import TYPE_KEY, BytesColumn, FixedColumn, RaggedColumn, Stor
 from blocks.tensors import as_plain, tensor_type
 
 SMALL_ROW = 4096  # bytes of a row, below which copying row by row costs more than the bytes do
+OPENERS = 8  # shards that are opened side by side
 JOINED = 256_000_000  # bytes up to which the shards of a column of small rows are copied into memory as one array
 
 
@@ -36,7 +39,8 @@ class Share(NamedTuple):
     """One rank's part of a global batch, before anything is read.
 
     rows: positions in the store, int64. samples: what the samples' random draws are made from, int64. borrowed: the rank has
-    no rows of the batch, and this one is there so that it can stay in step.
+    no rows of the batch, and this one is there so that it can stay in step. located: where the rows lie, when that was
+    looked up already.
     """
 
     rows: np.ndarray
@@ -44,6 +48,7 @@ class Share(NamedTuple):
     global_rows: int
     borrowed: bool = False
     span: Span | None = None
+    located: "list[tuple[Shard, int]] | None" = None
 
 
 class Epoch(NamedTuple):
@@ -72,7 +77,13 @@ class Shard:
 
     @cached_property
     def columns(self) -> dict[str, StoredColumn]:
-        return {name: read_column(self.table, name) for name in column_types(self.table)}
+        return {name: read_column(self.table, name) for name in self.kinds}
+
+    @cached_property
+    def kinds(self) -> dict[str, type]:
+        """What each stored column holds, by name: a tensor class, or bytes."""
+        named = {f.name: f.metadata[TYPE_KEY].decode() for f in self.table.schema if TYPE_KEY in (f.metadata or {})}
+        return {name: bytes if kind == "bytes" else tensor_type(kind) for name, kind in named.items()}
 
     @cached_property
     def part(self) -> np.ndarray:
@@ -83,37 +94,44 @@ class Shard:
         return str(self.table["id"][row].as_py())
 
 
-def column_types(table: pa.Table) -> dict[str, str]:
-    """The names of the stored columns, and what each holds: a tensor class by name, or "bytes"."""
-    return {f.name: f.metadata[TYPE_KEY].decode() for f in table.schema if TYPE_KEY in (f.metadata or {})}
-
-
 class Shards:
-    """The shards of a store as one sequence of rows; each is opened when it is first needed.
+    """The shards of a store as one sequence of rows; each is opened when it is first needed, and stays so until released."""
 
-    keep: how many stay open, those used last; None: all of them.
-    """
-
-    def __init__(self, prepared: Prepared, keep: int | None = None):
-        self.prepared, self.keep = prepared, keep
+    def __init__(self, prepared: Prepared):
+        self.prepared = prepared
         self.starts = np.cumsum([0, *(shard["rows"] for shard in prepared.index["shards"])])
-        self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._open: dict[int, Shard] = {}
         self._lock = Lock()  # several threads may make batches
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def __getitem__(self, number: int) -> Shard:
+    def open(self, numbers: Iterable[int]) -> list[Shard]:
+        """These shards. Those that are not open yet are fetched and checked side by side."""
+        numbers = list(numbers)
         with self._lock:
-            if number not in self._open:
-                self._open[number] = Shard(self.prepared.table(number))
-            self._open.move_to_end(number)
-            if self.keep is not None and len(self._open) > self.keep:
-                self._open.popitem(last=False)
-            return self._open[number]
+            missing = [number for number in dict.fromkeys(numbers) if number not in self._open]
+            if len(missing) > 1:
+                with ThreadPoolExecutor(OPENERS, thread_name_prefix="fastray-open") as pool:
+                    tables = list(pool.map(self.prepared.table, missing))
+            else:
+                tables = [self.prepared.table(number) for number in missing]
+            self._open.update(zip(missing, map(Shard, tables), strict=True))
+            return [self._open[number] for number in numbers]
+
+    def __getitem__(self, number: int) -> Shard:
+        return self.open([number])[0]
+
+    def release(self, numbers: Iterable[int], drop: bool = False) -> None:
+        """Keep these shards open no longer; who holds rows of them may read on. drop: nor a copy of what lies at a URL."""
+        with self._lock:
+            for number in numbers:
+                self._open.pop(number, None)
+                if drop:
+                    self.prepared.drop(number)
 
     def __iter__(self) -> Iterator[Shard]:
-        return (self[number] for number in range(len(self)))
+        return iter(self.open(range(len(self))))
 
     def rows_of(self, part: int) -> np.ndarray:
         """The positions of a part's rows in the store, int64 (rows,). Opens each shard."""
@@ -122,19 +140,22 @@ class Shards:
     def located(self, rows: np.ndarray) -> list[tuple[Shard, int]]:
         """The shard of each row, given by its position in the store, and where it is in the shard."""
         numbers = np.searchsorted(self.starts, rows, side="right") - 1
-        shards = {number: self[number] for number in set(numbers.tolist())}
+        which = set(numbers.tolist())
+        shards = dict(zip(which, self.open(which), strict=True))
         return [(shards[n], r) for n, r in zip(numbers.tolist(), (rows - self.starts[numbers]).tolist(), strict=True)]
 
     @cached_property
-    def types(self) -> dict[str, str]:
-        """What each column holds, by name: a tensor class, or "bytes"."""
-        return column_types(self[next(iter(self._open), 0)].table)
+    def kinds(self) -> dict[str, type]:
+        """What each column holds, by name: a tensor class, or bytes."""
+        with self._lock:
+            opened = next(iter(self._open), 0)
+        return self[opened].kinds
 
     @cached_property
     def joined(self) -> dict[str, np.ndarray]:
         """The columns of fixed shape that lie in memory as one array (rows, *shape): one shard, or many small rows."""
         found = {}
-        for name in self[0].columns if self.keep is None else ():
+        for name in self[0].columns:
             columns = [shard.columns[name] for shard in self]
             arrays = [c.array for c in columns if isinstance(c, FixedColumn)]
             if len(arrays) == 1 == len(columns):
@@ -155,28 +176,47 @@ class Shards:
         return np.concatenate(each)[rows]
 
 
+def ids_of(share: Share, shards: Shards) -> list[str]:
+    """The ids of a share's rows."""
+    return [shard.id(row) for shard, row in share.located or shards.located(share.rows)]
+
+
+_SHARED: WeakValueDictionary[Path, Shards] = WeakValueDictionary()
+
+
+def shards_of(prepared: Prepared) -> Shards:
+    """The shards of a store, the same for all who read any of it in this process: they are opened and joined once."""
+    return _SHARED.setdefault(prepared.folder, Shards(prepared))
+
+
 # --- columns of a batch ------------------------------------------------------------------------------------------------
 
 
-def gather(shards: Shards, share: Share, pad: Mapping[str, float]) -> list[torch.Tensor]:
+def gather(
+    share: Share, shards: Shards, pad: Mapping[str, float], joined: Mapping[str, np.ndarray] | None = None
+) -> list[torch.Tensor]:
     """The typed columns of a share, in the order of its samples.
 
-    pad: by column, what fills the rows of a ragged one up to the longest.
+    pad: by column, what fills the rows of a ragged one up to the longest. joined: columns that lie in memory whole.
     """
-    located: list[tuple[Shard, int]] = []
-    columns = []
-    for name, kind in shards.types.items():
+    joined = joined or {}
+    located = share.located
+    columns: list[torch.Tensor] = []
+    for name, kind in shards.kinds.items():
         cut = share.span if share.span and name in share.span.columns else None
-        if cut is None and name in shards.joined:
-            taken = shards.joined[name].take(share.rows, axis=0)
+        if cut is None and name in joined:
+            taken = joined[name].take(share.rows, axis=0)
         else:
             located = located or shards.located(share.rows)
-            pieces = [piece(shard.columns[name], row) for shard, row in located]
+            fixed = isinstance(located[0][0].columns[name], FixedColumn)
             if cut is not None:
-                pieces = [p[start : start + cut.length] for p, start in zip(pieces, cut.starts.tolist(), strict=True)]
-            fixed = cut is not None or isinstance(located[0][0].columns[name], FixedColumn)
-            taken = stacked(pieces) if fixed else padded(pieces, padding(name, kind, pad))
-        columns.append(torch.from_numpy(taken).as_subclass(tensor_type(kind)))
+                pieces = [piece(shard.columns[name], row) for shard, row in located]
+                taken = stacked([p[start : start + cut.length] for p, start in zip(pieces, cut.starts.tolist(), strict=True)])
+            elif fixed:
+                taken = stacked([shard.columns[name].array[row] for shard, row in located])  # type: ignore[union-attr]
+            else:
+                taken = padded([piece(shard.columns[name], row) for shard, row in located], padding(name, kind, pad))
+        columns.append(torch.from_numpy(taken).as_subclass(kind))
     return columns
 
 
@@ -192,10 +232,9 @@ def piece(column: StoredColumn, row: int) -> np.ndarray:
 def stored_sample(shard: Shard, row: int) -> tuple[Any, ...]:
     """The stored values of one row: typed tensors of its own, or the bytes of an encoded file."""
     values: list[Any] = []
-    for name, kind in column_types(shard.table).items():
+    for name, kind in shard.kinds.items():
         value = piece(shard.columns[name], row)
-        is_bytes = isinstance(shard.columns[name], BytesColumn)
-        values.append(value.tobytes() if is_bytes else torch.from_numpy(np.array(value)).as_subclass(tensor_type(kind)))
+        values.append(value.tobytes() if kind is bytes else torch.from_numpy(np.array(value)).as_subclass(kind))
     return tuple(values)
 
 
@@ -213,16 +252,17 @@ def collate(names: Sequence[str], samples: Sequence[Sequence[torch.Tensor]], pad
             )
         if ragged:
             kind = type(first)
-            taken = padded([as_plain(v).numpy() for v in values], padding(name, kind.__name__, pad))
+            taken = padded([as_plain(v).numpy() for v in values], padding(name, kind, pad))
             columns.append(torch.from_numpy(taken).as_subclass(kind))
         else:
             columns.append(torch.stack([as_plain(v) for v in values]).as_subclass(type(first)))
     return columns
 
 
-def padding(name: str, kind: str, pad: Mapping[str, float]) -> float:
-    """What fills the short rows of a column: as `pad` says for its name, else what its tensor class says."""
-    return pad.get(name, getattr(tensor_type(kind), "pad_value", 0))
+def padding(name: str, kind: type, pad: Mapping[str, float]) -> float:
+    """What fills the short rows of a column: as `pad` says for it or for its block, else what its tensor class says."""
+    of_block = pad.get(name.partition(".")[0], getattr(kind, "pad_value", 0))
+    return pad.get(name, of_block)
 
 
 def padded(pieces: Sequence[np.ndarray], fill: float) -> np.ndarray:

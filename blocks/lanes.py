@@ -8,16 +8,16 @@ the shards of its lanes, a few at a time, and global batch k is the same set of 
 (seed, epoch, lane, position in it) says all, so the k-th batch is known without drawing those before.
 """
 
-from collections.abc import Callable
-from functools import cached_property, lru_cache, partial
-from threading import RLock
+import shutil
+from collections.abc import Iterable
+from functools import cached_property, partial
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from blocks import order
 from blocks.gather import Epoch, Shards, Share, gather
-from blocks.order import generator
 from blocks.splits import TRAIN
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Lanes:
 
     def __init__(self, feed: "Feed"):
         self.feed = feed
-        self.shards = Shards(feed.prepared, keep=(-(-LANES // feed.world) + 1) * WINDOW)
+        self.shards = Shards(feed.prepared)
         name = "train" if feed.part == TRAIN else "valid"
         self.counts = np.array([shard[name] for shard in feed.prepared.index["shards"]], np.int64)
         self.rotation = Rotation(np.bincount(np.arange(len(self.counts)) % LANES, self.counts, LANES).astype(np.int64))
@@ -71,19 +71,26 @@ class Lanes:
     def epoch(self, epoch: int) -> Epoch:
         """The batches of this epoch."""
         feed, bounds = self.feed, self.bounds.tolist()
-        row = self._rows_in(epoch)
+        shards = self.shards = Shards(feed.prepared)  # what another epoch, not gone through to its end, has open stays behind
+        windows, lock = _Windows(feed, shards, self.counts, epoch), Lock()
 
         def share(k: int) -> Share | None:
             lanes, positions = self.rotation.between(bounds[k], bounds[k + 1])
             own = np.flatnonzero(lanes % feed.world == feed.rank)
-            found = [row(lane, at) for lane, at in zip(lanes[own].tolist(), positions[own].tolist(), strict=True)]
-            borrowed = not found and feed.part == TRAIN
+            places = list(zip(lanes[own].tolist(), positions[own].tolist(), strict=True))
+            borrowed = not places and feed.part == TRAIN
             if borrowed:
-                found = [row(*self._near(bounds[k]))]
-            rows = np.array(found)
-            return Share(rows, rows, len(lanes), borrowed) if found else None
+                places = [self._near(bounds[k])]
+            if not places:
+                return None
+            with lock:  # several threads may make batches
+                windows.open(places)
+                rows = np.array([windows.row(*place) for place in places])
+                located = shards.located(rows)
+                windows.leave()
+            return Share(rows, rows, len(lanes), borrowed, located=located)
 
-        return Epoch(share, partial(gather, self.shards, pad=feed.pad))
+        return Epoch(share, partial(gather, shards=shards, pad=feed.pad))
 
     def _near(self, sample: int) -> tuple[int, int]:
         # A lane of this rank's, if it has one that is not empty, and where it is about the time of this sample.
@@ -93,34 +100,60 @@ class Lanes:
         lane = int((own if len(own) else lanes)[0])
         return lane, min(int(sizes[lane]) - 1, sample * int(sizes[lane]) // self.n)
 
-    def _rows_in(self, epoch: int) -> Callable[[int, int], int]:
-        # The function from a lane and a position in it to a position in the store.
-        seed, shuffle, lock = self.feed.seed, self.feed.shuffle, RLock()
 
-        @lru_cache(LANES)
-        def windows(lane: int) -> tuple[list[np.ndarray], np.ndarray]:
-            # The shards of each window, and how many rows the windows before it hold. First windows differ in size, so that
-            # the lanes of a worker do not all open their next shards at the same time.
-            own = np.arange(lane, len(self.counts), LANES)
-            if shuffle:
-                own = generator(seed, epoch, lane).permutation(own)
-            first = 1 + lane // 2 % WINDOW
-            cut = [own[:first], *(own[start : start + WINDOW] for start in range(first, len(own), WINDOW))]
-            return cut, np.cumsum([0, *(int(self.counts[w].sum()) for w in cut)])
+class _Windows:
+    """The rows of one epoch, lane by lane: a lane's shards in an order of their own, some of them shuffled together."""
 
-        # Of each lane the window it is in and the next, since several threads may make batches.
-        @lru_cache(2 * LANES)
-        def window(lane: int, number: int) -> np.ndarray:
-            shards = windows(lane)[0][number].tolist()
-            rows = np.concatenate(
-                [self.shards.starts[s] + np.flatnonzero(self.shards[s].part == self.feed.part) for s in shards]
-            )
-            return generator(seed, epoch, lane, number).permutation(rows) if shuffle else rows
+    def __init__(self, feed: "Feed", shards: Shards, counts: np.ndarray, epoch: int):
+        self.feed, self.shards, self.counts, self.epoch = feed, shards, counts, epoch
+        # Copies of what lies at a URL go where this node's disk would not hold them all.
+        prepared = feed.prepared
+        self.drops = prepared.url is not None and prepared.nbytes > shutil.disk_usage(prepared.folder).total / 2
+        self._cuts: dict[int, tuple[list[np.ndarray], np.ndarray]] = {}
+        self._open: dict[tuple[int, int], np.ndarray] = {}  # of a lane's window: the positions of its rows in the store
+        self._left: dict[tuple[int, int], int] = {}  # and how many of them are still to come
 
-        def row(lane: int, position: int) -> int:
-            with lock:
-                _, starts = windows(lane)
-                number = int(np.searchsorted(starts, position, side="right")) - 1
-                return int(window(lane, number)[position - starts[number]])
+    def open(self, places: Iterable[tuple[int, int]]) -> None:
+        """Open the windows in which some rows lie, given by lane and position in it."""
+        found = [self._place(*place) for place in places]
+        new = {window: place for window, place in reversed(found) if window not in self._open}
+        self.shards.open(s for lane, number in new for s in self._cuts[lane][0][number].tolist())
+        for (lane, number), place in new.items():
+            rows = self._rows(lane, number)
+            self._open[lane, number], self._left[lane, number] = rows, len(rows) - place
 
-        return row
+    def row(self, lane: int, position: int) -> int:
+        """The position in the store of a lane's row, whose window is open."""
+        window, place = self._place(lane, position)
+        self._left[window] -= 1
+        return int(self._open[window][place])
+
+    def leave(self) -> None:
+        """Release the shards of the windows of which each row was drawn."""
+        for lane, number in [window for window, left in self._left.items() if left <= 0]:
+            self.shards.release(self._cuts[lane][0][number].tolist(), self.drops)
+            del self._open[lane, number], self._left[lane, number]
+
+    def _place(self, lane: int, position: int) -> tuple[tuple[int, int], int]:
+        # The window of a lane's row, and its place there.
+        if lane not in self._cuts:
+            self._cuts[lane] = self._cut(lane)
+        starts = self._cuts[lane][1]
+        number = int(np.searchsorted(starts, position, side="right")) - 1
+        return (lane, number), position - int(starts[number])
+
+    def _cut(self, lane: int) -> tuple[list[np.ndarray], np.ndarray]:
+        # The shards of each window, and how many rows the windows before it hold. First windows differ in size, so that the
+        # lanes of a worker do not all open their next shards at the same time.
+        own = np.arange(lane, len(self.counts), LANES)
+        if self.feed.shuffle:
+            own = order.generator(self.feed.seed, self.epoch, lane).permutation(own)
+        first = 1 + lane // 2 % WINDOW
+        cuts = [own[:first], *(own[start : start + WINDOW] for start in range(first, len(own), WINDOW))]
+        return cuts, np.cumsum([0, *(int(self.counts[cut].sum()) for cut in cuts)])
+
+    def _rows(self, lane: int, number: int) -> np.ndarray:
+        shards = self._cuts[lane][0][number]
+        own = [self.shards.starts[s] + np.flatnonzero(self.shards[s].part == self.feed.part) for s in shards.tolist()]
+        rows = np.concatenate(own)
+        return order.generator(self.feed.seed, self.epoch, lane, number).permutation(rows) if self.feed.shuffle else rows

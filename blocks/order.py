@@ -14,7 +14,7 @@ POOL_BATCHES = 50  # batches' worth of shuffled samples that are sorted by lengt
 
 def generator(seed: int, epoch: int, *purpose: int) -> np.random.Generator:
     """The random numbers of an epoch; `purpose` separates the draws of several of its parts."""
-    return np.random.default_rng([seed, epoch, *purpose])
+    return np.random.default_rng([seed, epoch, *(p + 1 for p in purpose)])  # a last 0 would change nothing
 
 
 def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:

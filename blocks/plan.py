@@ -7,7 +7,7 @@ BatchSide                                                      each batch, on th
 
 import html
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, assert_never
@@ -101,6 +101,11 @@ class BatchSide:
     """What is left for each batch, on the model's device."""
 
     batch_tfms: Pipeline
+    feed: Mapping[str, Any] = field(default_factory=dict)  # settings that the blocks need, for `DataLoaders.new`
+
+    def in_lanes(self, prepared: Any) -> bool:
+        """Whether `prepared` is fed in lanes: larger than memory, where no setting needs an order over all its rows."""
+        return not prepared.fits_in_memory and not self.feed.keys() & {"sort_by_length", "samples"}
 
 
 Stage = Read | Split | Fit | Encode | BatchSide
@@ -242,6 +247,10 @@ class Plan:
                         what = f"{opened}{each_epoch}, drawn anew by (seed, epoch, row)"
                         yield Step("sample", "each epoch", "feed", what)
                 case BatchSide(batch_tfms):
+                    if prepared is not None:
+                        fits = "fits into" if prepared.fits_in_memory else "is larger than"
+                        how = "in lanes, a few shards at a time" if stage.in_lanes(prepared) else "resident, any order"
+                        yield Step("feed", "each epoch", "feed", f"{how}: the store {fits} memory")
                     yield Step("batch", "each batch", "device", f"{batch_tfms}")
                 case _:
                     assert_never(stage)

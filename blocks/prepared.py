@@ -5,6 +5,7 @@ against its checksum when it first maps it.
 """
 
 import fcntl
+import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -66,6 +67,11 @@ class Prepared:
     def nbytes(self) -> int:
         """The size of all shards."""
         return sum(s["bytes"] for s in self.index["shards"])
+
+    @property
+    def fits_in_memory(self) -> bool:
+        """Whether all its pages can stay in this machine's memory, so that its rows may be read in any order."""
+        return self.nbytes <= memory()
 
     def table(self, number: int) -> pa.Table:
         """One shard, memory-mapped; fetched first where this machine has no copy.
@@ -144,6 +150,15 @@ class Prepared:
         if self.url is not None and not self.folder.is_dir():
             self.__dict__["folder"] = cache_folder() / "prepared" / self.folder.name
             self.folder.mkdir(parents=True, exist_ok=True)
+
+
+def memory() -> int:
+    """The bytes of memory that this machine has, or its container may use."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        return total
 
 
 def intact(path: Path, shard: dict[str, Any]) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 
 from blocks import order
 from blocks.errors import DataError
-from blocks.gather import Epoch, Shards, Share, Span, gather, share_of
+from blocks.gather import Epoch, Shards, Share, Span, gather, shards_of, share_of
 from blocks.splits import TRAIN
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Resident:
 
     def __init__(self, feed: "Feed"):
         self.feed = feed
-        self.shards = Shards(feed.prepared)
+        self.shards = shards_of(feed.prepared)
         self.rows = self.shards.rows_of(feed.part)
         self.windows = feed.samples if isinstance(feed.samples, Windows) else None
         every = len(self.rows) if self.windows is None else int(self._ends[-1])
@@ -95,7 +95,7 @@ class Resident:
             own, borrowed = share_of(np.arange(start, end), feed.rank, feed.world, lend=feed.part == TRAIN)
             return self._share(found[own], own, end - start, borrowed) if len(own) else None
 
-        return Epoch(share, partial(gather, self.shards, pad=feed.pad))
+        return Epoch(share, partial(gather, shards=self.shards, pad=feed.pad, joined=self.shards.joined))
 
     def _share(self, chosen: np.ndarray, places: np.ndarray, global_rows: int, borrowed: bool) -> Share:
         if self.windows is None:

@@ -8,8 +8,7 @@ import torch
 
 from blocks import order
 from blocks.errors import DataError
-from blocks.gather import Epoch, Shards, Share, Span, piece, share_of
-from blocks.tensors import tensor_type
+from blocks.gather import Epoch, Share, Span, piece, shards_of, share_of
 
 if TYPE_CHECKING:
     from blocks.feed import Feed
@@ -38,7 +37,7 @@ class StreamSamples:
     def __init__(self, feed: "Feed"):
         assert isinstance(feed.samples, Streams)
         self.feed, self.settings = feed, feed.samples
-        self.shards = Shards(feed.prepared)
+        self.shards = shards_of(feed.prepared)
         self.rows = self.shards.rows_of(feed.part)
         self._lengths = self.shards.lengths(self.settings.column, self.rows)
         tokens = int(self._lengths.sum())
@@ -83,4 +82,4 @@ class StreamSamples:
                 found.append(piece(shard.columns[column], row)[begin : begin + missing])
                 text, begin, missing = text + 1, 0, missing - len(found[-1])
             lines.append(np.concatenate(found))
-        return torch.from_numpy(np.stack(lines)).as_subclass(tensor_type(self.shards.types[column]))
+        return torch.from_numpy(np.stack(lines)).as_subclass(self.shards.kinds[column])

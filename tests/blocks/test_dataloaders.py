@@ -2,11 +2,12 @@
 
 import pickle
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -14,23 +15,30 @@ from matplotlib.figure import Figure
 from blocks import (
     Batch,
     CategoryBlock,
+    ColReader,
     DataBlock,
+    DataError,
     DataLoaders,
     ImageBlock,
     IntToFloatTensor,
     PILImage,
     PILImageBW,
     Pipeline,
+    RegressionBlock,
     Resize,
     TensorCategory,
     TensorImage,
     TensorImageBW,
+    TensorText,
     Transform,
+    TransformBlock,
 )
-from blocks.dataloaders import input_tensor
+from blocks.dataloaders import class_weights, input_tensor
+from blocks.draws import sample_keys, uniform
 from blocks.shards import as_array
 from blocks.show import show_samples
 from blocks.splits import TRAIN, VALID
+from blocks.transform import RandTransform
 
 
 @pytest.fixture
@@ -193,3 +201,170 @@ def test_what_cannot_be_divided_is_named(dls: DataLoaders) -> None:
 
 def test_a_batch_is_as_large_as_asked(digits_block: DataBlock, few_digits: Path) -> None:
     assert len(replace(digits_block, item_tfms=Resize(4)).dataloaders(few_digits, batch_size=10).one_batch()[0]) == 10
+
+
+# --- drawn in another way ----------------------------------------------------------------------------------------------
+
+
+def test_new_draws_the_same_data_in_another_way(dls: DataLoaders) -> None:
+    other = dls.new(batch_size=7, drop_last=True, seed=5)
+    assert {len(b[0]) for b in other.train} == {7}
+    assert next(iter(other.valid))[0].shape[0] == 7
+    assert sum(len(b[0]) for b in other.valid) == sum(len(b[0]) for b in dls.valid)
+    assert other.train.seed == 5  # type: ignore[attr-defined]
+    assert next(iter(dls.train))[0].shape[0] == 16
+
+
+def test_added_transforms_come_in_their_order(dls: DataLoaders) -> None:
+    class First(Transform, registered=False):
+        order = -5
+
+        def encodes(self, x: TensorImage) -> torch.Tensor:
+            return torch.full_like(x, 255)
+
+    more = dls.add_tfms(First())
+    assert bool((more.one_batch(TRAIN)[0] == 1).all())  # then scaled and normalised
+    assert not bool((dls.one_batch(TRAIN)[0] == 1).all())
+
+
+def test_new_with_a_word_that_is_none(dls: DataLoaders) -> None:
+    with pytest.raises(TypeError, match="'bs' is not a setting of a feed; there are batch_size"):
+        dls.new(bs=7)
+    with pytest.raises(TypeError, match="not from list"):
+        DataLoaders(BATCHES).new(batch_size=2)
+
+
+def test_lanes_are_chosen_by_memory_and_said(
+    digits_block: DataBlock, few_digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident = digits_block.dataloaders(few_digits, batch_size=16)
+    assert not resident.train.lanes  # type: ignore[attr-defined]
+    assert "resident, any order" in resident.plan_text
+    monkeypatch.setattr("blocks.prepared.memory", lambda: 10_000)
+    larger = digits_block.dataloaders(few_digits, batch_size=16)
+    assert larger.train.lanes  # type: ignore[attr-defined]
+    assert larger.valid.lanes  # type: ignore[attr-defined]
+    assert "in lanes" in larger.plan_text
+    assert sorted(i for b in larger.train for i in b.ids) == sorted(i for b in resident.train for i in b.ids)
+
+
+def test_weighted_balances_the_classes(dls: DataLoaders) -> None:
+    train: Any = dls.train
+    rare = [i for i in train.ids() if i.startswith("2/")][5:]
+    unbalanced = dls.weighted([0.0 if i in rare else 1.0 for i in train.ids()])
+    drawn = [i for b in unbalanced.train for i in b.ids]
+    assert not set(drawn) & set(rare)
+
+    counts: Counter[str] = Counter()
+    balanced: Any = dls.weighted().train
+    for epoch in range(40):
+        balanced.set_epoch(epoch)
+        counts.update(i.partition("/")[0] for b in balanced for i in b.ids)
+    total = sum(counts.values())
+    assert all(abs(n / total - 1 / 3) < 4 * (2 / 9 / total) ** 0.5 for n in counts.values())
+
+
+def test_class_weights_are_one_over_the_size_of_the_class(dls: DataLoaders) -> None:
+    train: Any = dls.train
+    sizes = Counter(i.partition("/")[0] for i in train.ids())
+    assert class_weights(train).tolist() == [1 / sizes[i.partition("/")[0]] for i in train.ids()]
+    with pytest.raises(TypeError, match="the last column is TensorImage"):
+        class_weights(_FirstColumn(train))  # type: ignore[arg-type]
+
+
+class _FirstColumn:
+    def __init__(self, feed: Any):
+        self.column = lambda number: feed.column(0)
+
+
+# --- new items ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_new_items_are_encoded_as_the_validation_part(dls: DataLoaders, few_digits: Path, with_labels: bool) -> None:
+    valid: Any = dls.valid
+    items = [few_digits / i for i in valid.ids()][::-1]
+    batches = dls.test(items, with_labels=with_labels)
+    assert (batches.n, len(batches)) == (len(items), -(-len(items) // 16))
+    found = list(batches)
+    assert [i for b in found for i in b.ids] == [str(item) for item in items]
+    assert {len(b) for b in found} == {2 if with_labels else 1}
+    pixels = torch.cat([b[0] for b in found])
+    assert type(pixels) is TensorImage
+    assert np.array_equal(pixels.numpy(), np.stack([stored(dls)[i] for i in valid.ids()[::-1]]))
+    if with_labels:
+        assert [dls.vocab[int(y)] for b in found for y in b[1]] == [item.parent.name for item in items]
+    samples = dls.decode_batch(dls.batch_tfms(tuple(found[0]), split_idx=VALID))
+    assert np.array_equal(samples[0][0], pixels[0])
+    assert all(len(s) == (2 if with_labels else 1) for s in samples)
+
+
+def test_new_items_that_are_no_files(digits_block: DataBlock, few_digits: Path, dls: DataLoaders) -> None:
+    items = [(few_digits / "0" / "0000.png").read_bytes()] * 3
+    (batch,) = dls.test(items)
+    assert batch.ids == ["0", "1", "2"]
+    assert batch[0].shape == (3, 3, 16, 16)
+    assert list(dls.test([])) == []
+
+
+def test_a_new_item_that_cannot_be_read_is_named(dls: DataLoaders, few_digits: Path) -> None:
+    with pytest.raises(DataError, match=r"the item .*nothing\.png cannot be read"):
+        list(dls.test([few_digits / "0" / "0000.png", few_digits / "nothing.png"]))
+
+
+def test_new_items_need_a_datablock() -> None:
+    with pytest.raises(TypeError, match="only data made by a DataBlock"):
+        DataLoaders(BATCHES).test([1])
+
+
+def test_random_batch_transforms_draw_by_the_keys_of_the_rows(digits_block: DataBlock, few_digits: Path) -> None:
+    @dataclass
+    class Brighter(RandTransform, registered=False):
+        order = 99  # after the pixels became floats
+
+        def draw(self, x: Any, keys: torch.Tensor) -> torch.Tensor:
+            return uniform(keys, 3)[:, None, None, None]
+
+        def encodes(self, x: TensorImage, drawn: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(x, dtype=torch.float32) + drawn
+
+    dls = replace(digits_block, batch_tfms=Brighter()).dataloaders(few_digits, batch_size=16, seed=2)
+    batch = dls.one_batch(TRAIN)
+    drawn = uniform(sample_keys(2, 0, batch.samples), 3)
+    assert torch.equal(batch[0][:, 0, 0, 0].as_subclass(torch.Tensor), drawn)
+    assert torch.equal(dls.one_batch(VALID)[0], next(iter(dls.valid))[0] / 255)
+    plain = DataLoaders([(batch[0], batch[1])], batch_tfms=dls.batch_tfms).one_batch(TRAIN)
+    assert plain[0][:, 0, 0, 0].tolist() == uniform(sample_keys(0, 0, np.arange(16)), 3).tolist()
+
+
+def test_new_rows_of_a_table() -> None:
+    frame = pd.DataFrame({"size": np.arange(40.0), "kind": ["a", "b"] * 20})
+    block = DataBlock((RegressionBlock(), CategoryBlock()), get_x=ColReader("size"), get_y=ColReader("kind"))
+    dls = block.dataloaders(frame, batch_size=8)
+    new = frame[["size"]].iloc[::-1]
+    (first, *_) = batches = list(dls.test(new))
+    assert first.ids == [str(i) for i in range(8)]
+    assert torch.cat([b[0] for b in batches]).tolist() == new["size"].tolist()
+    (_, y), *_ = dls.test(frame, with_labels=True)
+    assert [dls.vocab[int(i)] for i in y] == ["a", "b"] * 4
+
+
+def test_a_block_brings_settings_of_the_feed(few_digits: Path, digits_block: DataBlock) -> None:
+    """Of each block its own padding; the other settings hold for all of the data."""
+    labels = TransformBlock(type_tfms=(lambda n: torch.arange(n).as_subclass(TensorText),), dls_kwargs={"pad": -1})
+    numbers = TransformBlock(type_tfms=(lambda n: torch.arange(n).as_subclass(TensorText),), dls_kwargs={"drop_last": True})
+    dls = DataBlock((numbers, labels), get_items=lambda source: range(20)).dataloaders("numbers", batch_size=4)
+    assert dls.train.drop_last  # type: ignore[attr-defined]
+    x, y = next(iter(dls.train))
+    assert set(x[y == -1].tolist()) == {1}
+    assert bool((y == -1).any())
+
+
+def test_what_needs_all_rows_is_never_in_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself: a person may not ask for both."""
+    monkeypatch.setattr("blocks.prepared.memory", lambda: 10)
+    texts = TransformBlock(type_tfms=(lambda n: torch.arange(n).as_subclass(TensorText),), dls_kwargs={"sort_by_length": "x"})
+    dls = DataBlock((texts, RegressionBlock()), get_items=lambda source: range(20)).dataloaders("numbers", batch_size=4)
+    assert not dls.train.lanes  # type: ignore[attr-defined]
+    assert "resident, any order: the store is larger than memory" in dls.plan_text
+    assert next(iter(dls.train))[0].shape[1] == max(x.shape[1] for x, _ in dls.train)

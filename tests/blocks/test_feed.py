@@ -153,6 +153,15 @@ def test_mapping_a_batch_keeps_its_rows(digits: Prepared) -> None:
     assert mapped[0].dtype == torch.float32
 
 
+def test_a_batch_travels(digits: Prepared) -> None:
+    batch = next(iter(Feed(digits, TRAIN, 16, shuffle=True, seed=3)))
+    arrived = pickle.loads(pickle.dumps(batch))  # noqa: S301  our own bytes
+    assert type(arrived) is Batch
+    assert (arrived.ids, arrived.global_rows, arrived.own_rows) == (batch.ids, 16, 16)
+    assert torch.equal(arrived.keys, batch.keys)
+    assert torch.equal(as_plain(arrived[0]), as_plain(batch[0]))
+
+
 # --- keys --------------------------------------------------------------------------------------------------------------
 
 
@@ -178,8 +187,8 @@ def test_a_row_has_the_same_key_in_any_company(made: Made) -> None:
 
 
 @pytest.mark.parametrize("lanes", [False, True])
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
-@pytest.mark.parametrize("rows", [1, 31, 61, 97, 96])
+@pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize("rows", [1, 31, 97])
 def test_global_batches_do_not_depend_on_the_ranks(made: Made, world: int, rows: int, lanes: bool) -> None:
     whole = Feed(made(rows, 20), TRAIN, 8, shuffle=True, seed=3, lanes=lanes)
     alone = epoch_of(whole, 1)
@@ -249,8 +258,8 @@ def test_drop_last(made: Made, rows: int, sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize("lanes", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 5, 23])
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 2, 23])
+@pytest.mark.parametrize("world", [2, 3])
 def test_validation_covers_each_row_once_over_the_ranks(made: Made, rows: int, world: int, lanes: bool) -> None:
     """Even with fewer rows than ranks."""
     whole = Feed(made(11, rows), VALID, 6, shuffle=False, lanes=lanes)
@@ -419,6 +428,24 @@ def test_random_item_transforms_are_drawn_by_seed_epoch_and_row(made: Made) -> N
     assert type(next(iter(feed))[0]) is TensorImage
 
 
+@dataclass
+class Measure(ItemTransform, registered=False):
+    """An encoded file as its number of bytes, and as many tokens."""
+
+    def encodes(self, x: tuple[bytes, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor(len(x[0])), torch.arange(len(x[0])).as_subclass(TensorText)
+
+
+def test_encoded_files_and_results_of_differing_length(made: Made) -> None:
+    columns = {"x": [b"a" * n for n in range(30)], "y": [torch.tensor(n) for n in range(30)]}
+    for batch in Feed(finishing(made(20, 10, columns=columns), Measure()), TRAIN, 8, shuffle=True):
+        lengths, tokens = batch
+        assert lengths.tolist() == [int(i) for i in batch.ids]
+        assert type(tokens) is TensorText
+        for n, row in zip(lengths.tolist(), tokens.tolist(), strict=True):
+            assert row == list(range(n)) + [1] * (int(lengths.max()) - n)
+
+
 def test_an_error_of_an_item_transform_names_the_row(made: Made) -> None:
     def fails(x: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         raise ZeroDivisionError("inside")
@@ -487,9 +514,24 @@ def test_an_error_is_raised_when_its_turn_comes(threads: int) -> None:
     assert not feed_threads()
 
 
-def test_an_iterator_that_is_left_leaves_no_thread(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blocks.feed.WORTH_A_THREAD", 0)
-    feed = Feed(made(50, 10), TRAIN, 8, shuffle=True)
+def test_with_a_gpu_batches_are_made_ahead_in_pinned_memory(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none here, so its two calls are stood in for."""
+    pinned: list[str] = []
+
+    def pin_memory(column: torch.Tensor) -> torch.Tensor:
+        pinned.append(threading.current_thread().name)
+        return column
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    feed = Feed(made(30, 10), TRAIN, 8, shuffle=True)
+    assert sorted(flat(epoch_of(feed))) == sorted(feed.ids())
+    assert len(pinned) == 2 * len(feed)
+    assert all(name.startswith("fastray-feed") for name in pinned)
+
+
+def test_an_iterator_that_is_left_leaves_no_thread(made: Made) -> None:
+    feed = Feed(made(50, 10), TRAIN, 8, shuffle=True, lanes=True)
     iterator = iter(feed)
     next(iterator)
     assert feed_threads()
