@@ -122,6 +122,36 @@ def ui(port: int) -> None:
     serve_ui(port, say=click.echo)
 
 
+@cli.group()
+def cache() -> None:
+    """See and clear the prepared data that are kept."""
+
+
+@cache.command("ls")
+def cache_ls() -> None:
+    """List the prepared data: fingerprint, source, rows, size, last use, and whether a run uses them now."""
+    from blocks.cache import kept_data
+    from pipelines.report import report_kept
+
+    report_kept(kept_data(), say=click.echo)
+
+
+@cache.command("clear")
+@click.argument("fingerprint", required=False)
+@click.option("--older-than", type=click.FloatRange(0), metavar="DAYS", help="Only what was not used for so many days.")
+def cache_clear(fingerprint: str | None, older_than: float | None) -> None:
+    """Remove prepared data that no run uses: all of it on this machine, or FINGERPRINT alone, at a storage URL too."""
+    from blocks.cache import clear
+    from pipelines.report import report_cleared
+
+    if fingerprint is not None and older_than is not None:
+        raise UserError("give a FINGERPRINT or --older-than DAYS, not both")
+    removed, stays = clear(fingerprint, older_than)
+    report_cleared(removed, stays, say=click.echo)
+    if fingerprint is not None and stays:
+        raise UserError(f"{fingerprint} is in use by a running process, and stays")
+
+
 def _read(
     name: str, words: Sequence[str], runner_words: dict[str, type], spaces: bool = False
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:

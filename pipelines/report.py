@@ -1,13 +1,16 @@
 """What the command line prints when a command has done its work."""
 
 import shlex
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blocks.errors import UnreadableRow, UserError
+from blocks.storage import shown
 
 if TYPE_CHECKING:
+    from blocks.cache import Kept
     from cluster.elsewhere import Elsewhere
     from cluster.sweep import Swept
     from cluster.train import Trained
@@ -18,7 +21,7 @@ Say = Callable[[str], None]
 
 def report_training(trained: "Trained", elsewhere: "Elsewhere", say: Say) -> None:
     """Accuracy, where things lie, a prediction by the logged model in the process `elsewhere`, and what to do next."""
-    from cluster.places import places, shown
+    from cluster.places import places
     from cluster.runtime import stop_ray
 
     model = trained.model_uri or str(trained.export)
@@ -52,7 +55,7 @@ def report_predictions(predictor: "Predictor", files: Sequence[str], say: Say) -
 
 def report_sweep(swept: "Swept", name: str, say: Say) -> None:
     """A table of the trials, best first, and where they are recorded."""
-    from cluster.places import places, shown
+    from cluster.places import places
 
     say(swept.table())
     best = swept.trials[0]
@@ -63,3 +66,37 @@ def report_sweep(swept: "Swept", name: str, say: Say) -> None:
     say("next     fastray ui")
     words = " ".join(shlex.quote(f"{key}={value}") for key, value in best.words().items())
     say(f"         fastray train {name} {words}")
+
+
+def report_kept(kept: "Sequence[Kept]", say: Say) -> None:
+    """A table of the prepared data that are kept, and what they take together."""
+    if not kept:
+        say("no prepared data are kept")
+        return
+    rows = [("fingerprint", "rows", "size", "last used", "in use", "source", "kept in")]
+    for k in kept:
+        used = "?" if k.used is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(k.used))
+        busy = {None: "?", True: "yes", False: "no"}[k.in_use]
+        rows.append((k.fingerprint, f"{k.rows:,}", _megabytes(k.size), used, busy, k.source, shown(k.where)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        numbers = [
+            cell.rjust(width) if i in (1, 2) else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        say("  ".join(numbers).rstrip())
+    say(f"{len(kept)} prepared data sets, {_megabytes(sum(k.size for k in kept))}")
+
+
+def report_cleared(removed: "Sequence[Kept]", stays: "Sequence[Kept]", say: Say) -> None:
+    """What was removed, and what stays and why."""
+    for k in removed:
+        say(f"removed  {k.fingerprint}  {_megabytes(k.size)}  {shown(k.where)}")
+    for k in stays:
+        why = "is in use" if k.in_use is not None else "other machines may use it: name its fingerprint to remove it"
+        say(f"stays    {k.fingerprint}  {_megabytes(k.size)}  {shown(k.where)}  {why}")
+    say(f"{len(removed)} prepared data sets removed, {_megabytes(sum(k.size for k in removed))}")
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -1,5 +1,6 @@
 """The command line: help without waiting for heavy imports, and every mistake answered by one line and exit code 2."""
 
+import re
 import shutil
 import socket
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from blocks import DataBlock, prepare
 from pipelines import cli
 
 
@@ -54,6 +56,8 @@ def broken_photos(few_digits: Path, tmp_path: Path) -> Path:
         (["sweep", "digits", "lr=choice(fast, 1)"], "lr='choice(fast, 1)' is not a value"),
         (["submit", "train", "digits", "lr=x", "--address", "http://127.0.0.1:9"], "lr='x' is not a value"),
         (["submit", "train", "digits", "--address", "http://127.0.0.1:9"], "does not take the job"),
+        (["cache", "clear", "abc"], "no prepared data 'abc' is kept"),
+        (["cache", "clear", "abc", "--older-than", "1"], "not both"),
         (["predict", "nowhere", "a.png"], "'nowhere' is not an exported model"),
         (["predict", "models:/m-0", "a.png"], "there is no model 'models:/m-0'"),
         (["show", "digits", "--picture", "no/such/folder/b.png"], "the picture cannot be written"),
@@ -178,3 +182,23 @@ def test_a_recipe_of_the_users_own(
     assert "120 files" in capsys.readouterr().out
     assert run("show", "my_recipes:fours", monkeypatch=monkeypatch) == 2
     assert "my_recipes has no recipe 'fours'" in capsys.readouterr().err
+
+
+def test_cache(
+    digits_block: DataBlock, few_digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is kept is listed; what is in use stays, and then goes."""
+    prepared = prepare(digits_block.plan(few_digits))
+    name = prepared.fingerprint
+    assert run("cache", "ls", monkeypatch=monkeypatch) == 0
+    head, row, total = capsys.readouterr().out.splitlines()
+    assert head.split() == ["fingerprint", "rows", "size", "last", "used", "in", "use", "source", "kept", "in"]
+    assert re.fullmatch(rf"{name}   120  0\.1 MB  20\d\d-\d\d-\d\d \d\d:\d\d  yes     {few_digits} +/.*/{name}", row)
+    assert total == "1 prepared data sets, 0.1 MB"
+    assert run("cache", "clear", name, monkeypatch=monkeypatch) == 2
+    assert f"{name} is in use by a running process, and stays" in capsys.readouterr().err
+    del prepared
+    assert run("cache", "clear", monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 prepared data sets removed, 0.1 MB"
+    assert run("cache", "ls", monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out == "no prepared data are kept\n"
