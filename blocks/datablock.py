@@ -121,13 +121,18 @@ class DataBlock:
             ),
         )
 
-    def dataloaders(self, source: Any, *, batch_size: int = 64, seed: int = 0, max_bad_rows: int = 0) -> "DataLoaders":
-        """Prepare `source` in this process, without Ray, and feed it: `cluster.dataloaders` does the same on a cluster."""
+    def dataloaders(
+        self, source: Any, *, batch_size: int = 64, seed: int = 0, max_bad_rows: int = 0, cache: str = "disk"
+    ) -> "DataLoaders":
+        """Prepare `source` in this process, without Ray, and feed it: `cluster.dataloaders` does the same on a cluster.
+
+        cache: "disk", "memory" (a tmpfs folder) or "off" (gone after the run).
+        """
         from blocks.dataloaders import dataloaders_of
         from blocks.prepare import prepare
 
         plan = self.plan(source)
-        return dataloaders_of(plan, prepare(plan, max_bad_rows=max_bad_rows), batch_size=batch_size, seed=seed)
+        return dataloaders_of(plan, prepare(plan, max_bad_rows=max_bad_rows, cache=cache), batch_size=batch_size, seed=seed)
 
 
 def _names(kind: str, n: int) -> list[str]:

@@ -6,11 +6,11 @@ over all pieces: this process (`map_here`), or Ray Data's tasks (`cluster.data`)
 
 import errno
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -196,9 +196,12 @@ def _file(first: int) -> str:
 
 
 def _rows_per_shard(plan: Plan, encode: Encode) -> int:
-    # Measured on the first rows that can be read.
-    blocks = (block for work in plan.work(MEASURED_ROWS) for block in work.blocks(MEASURED_ROWS))
-    tables = (encode_rows(encode, *block)[0] for block in islice(blocks, 4))
-    table = next((t for t in tables if t is not None), None)
-    row_bytes = 1 if table is None else max(1, table.nbytes // table.num_rows)
-    return max(1, min(SHARD_BYTES // row_bytes, spread(plan.source.rows)))
+    # So many that a shard has about SHARD_BYTES, by the rows at the beginning, in the middle and at the end of the source.
+    work = plan.work(spread(plan.source.rows))
+    measured = []
+    for one in {id(w): w for w in (work[0], work[len(work) // 2], work[-1])}.values():
+        rows = next(one.blocks(MEASURED_ROWS), None)
+        table = None if rows is None else encode_rows(encode, *rows)[0]
+        if table is not None:
+            measured.append(math.ceil(table.nbytes / table.num_rows))
+    return max(1, min(SHARD_BYTES // max(measured, default=1), spread(plan.source.rows)))

@@ -16,10 +16,16 @@ if TYPE_CHECKING:
     from blocks.datablock import DataBlock
 
 
-def dataloaders(block: "DataBlock", source: Any, *, batch_size: int = 64, seed: int = 0, max_bad_rows: int = 0) -> DataLoaders:
-    """`block.dataloaders(source)`, with the files read, decoded and encoded by Ray Data tasks; the result is the same."""
+def dataloaders(
+    block: "DataBlock", source: Any, *, batch_size: int = 64, seed: int = 0, max_bad_rows: int = 0, cache: str = "disk"
+) -> DataLoaders:
+    """`block.dataloaders(source)`, with the files read, decoded and encoded by Ray Data tasks; the result is the same.
+
+    Tasks write the shards themselves and return a few words about each, so neither this process nor Ray's object store holds
+    the data.
+    """
     plan = block.plan(source)
-    prepared = prepare(plan, map_work=map_on_ray, max_bad_rows=max_bad_rows)
+    prepared = prepare(plan, map_work=map_on_ray, max_bad_rows=max_bad_rows, cache=cache)
     return dataloaders_of(plan, prepared, batch_size=batch_size, seed=seed)
 
 
