@@ -280,8 +280,13 @@ def limit_for(home: Path, used: int) -> int:
 
 
 def size_of(folder: Path) -> int:
-    """The bytes of the files in a folder and its subfolders."""
-    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    """The bytes of the files in a folder and its subfolders; another process may be removing it."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(place, name)).st_size
+    return total
 
 
 def last_used(folder: Path) -> float:
