@@ -20,6 +20,16 @@ from .composed import Optimizer as Optimizer
 from .export import Prediction as Prediction
 from .export import Predictor as Predictor
 from .export import load_predictor as load_predictor
+from .gan import AdaptiveGANSwitcher as AdaptiveGANSwitcher
+from .gan import FixedGANSwitcher as FixedGANSwitcher
+from .gan import GANLearner as GANLearner
+from .gan import GANLoss as GANLoss
+from .gan import GANModule as GANModule
+from .gan import GANTrainer as GANTrainer
+from .gan import basic_critic as basic_critic
+from .gan import basic_generator as basic_generator
+from .gan import critic_dataloaders as critic_dataloaders
+from .gan import gan_critic as gan_critic
 from .gradients import BnFreeze as BnFreeze
 from .gradients import GradientAccumulation as GradientAccumulation
 from .gradients import GradientClip as GradientClip

@@ -42,9 +42,27 @@ def recurrent_learner(*callbacks: Callback) -> Learner:
     return Learner(dls, Recurrent(), training.CrossEntropyLossFlat(), lr=0.01, callbacks=[*callbacks, *taken_out])
 
 
+def gan_learner(*callbacks: Callback) -> Learner:
+    torch.manual_seed(4)
+    real = [(torch.randn(8, 2),) for _ in range(5)]
+    losses = training.gan.bce_gen_loss, training.gan.bce_crit_loss
+    switcher = next((c for c in callbacks if "Switcher" in c.name), None)
+    models = nn.Linear(3, 2), nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
+    learn = training.GANLearner(DataLoaders(real[:4], real[4:]), *models, *losses, switcher, noise=3, lr=0.01)
+    for callback in callbacks:
+        if isinstance(callback, training.GANTrainer):
+            learn.remove_callback(next(c for c in learn.callbacks if isinstance(c, training.GANTrainer)))
+        if callback is not switcher:
+            learn.add_callback(callback)
+    return learn
+
+
 SETTINGS: dict[str, tuple[MakeCallback, MakeLearner]] = {
     name: setting if isinstance(setting, tuple) else (setting, tiny_learner)
     for name, setting in {
+        "AdaptiveGANSwitcher": (lambda: training.AdaptiveGANSwitcher(None, 0.8), gan_learner),
+        "FixedGANSwitcher": (lambda: training.FixedGANSwitcher(2, 1), gan_learner),
+        "GANTrainer": (lambda: training.GANTrainer(clip=0.5, noise=3), gan_learner),
         "ActivationStats": lambda: training.ActivationStats(every=2, with_hist=True),
         "BatchTransforms": training.BatchTransforms,
         "BnFreeze": training.BnFreeze,
