@@ -165,6 +165,10 @@ def transform_from_plain(plain: dict[str, Any]) -> Transform:
     """The transform that `to_plain` described. ValueError when its class is not among those that are loaded."""
     fields = dict(plain)
     name = fields.pop("name", None)
+    if name not in _REGISTRY and isinstance(name, str):
+        import blocks
+
+        getattr(blocks, name, None)  # loads the file of ours that defines it
     if name not in _REGISTRY:
         raise ValueError(f"unknown transform {name!r}: it is not one of fastray's; import the module that defines it first")
     cls = _REGISTRY[name]

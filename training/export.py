@@ -1,14 +1,19 @@
 """Exports are data, not code: weights as safetensors, the way to build and to use the model as JSON.
 
-    learner.json         model builder and arguments, input-side and batch transforms, class names, loss, versions
+    learner.json         model builder and arguments, transforms of inputs, target and batches, loss, hash of the weights
     model.safetensors    the weights
+    model.pt2            instead of them, on request: the model as a torch.export program, which is code
 
-Loading builds from our own registries only: it runs no pickle and imports nothing that a file names.
+Loading builds from our own registries only: it runs no pickle and imports nothing that a file names. Code (the modules of
+your own builders and transforms, a program) is loaded only where who loads has named it: `load_predictor(path, trust=...)`.
 """
 
+import hashlib
+import importlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +22,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-import blocks.category
-import blocks.vision  # noqa: F401  registers its transforms
-from blocks.dataloaders import input_tensor
 from blocks.errors import UserError
+from blocks.gather import collate
 from blocks.plan import Column, Encode
-from blocks.tensors import as_plain
+from blocks.splits import TRAIN, VALID
+from blocks.tensors import TensorBase, as_plain, tensor_type
 from blocks.transform import Pipeline
 from training.losses import BaseLoss, loss_from_plain, loss_to_plain
 from training.models import ModelSpec
@@ -30,51 +34,107 @@ from training.models import ModelSpec
 if TYPE_CHECKING:
     from training.learner import Learner
 
-FORMAT = 1
-SPEC_FILE, WEIGHTS_FILE = "learner.json", "model.safetensors"
+FORMAT = 2
+SPEC_FILE, WEIGHTS_FILE, PROGRAM_FILE = "learner.json", "model.safetensors", "model.pt2"
+PROGRAM = "torch.export"  # the name by which a program is trusted
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------
+
+
+def export(learn: "Learner", path: str | Path, program: bool = False) -> Path:
+    """Write `learn`'s model, and how items become its inputs and outputs labels, to the folder `path`.
+
+    program: for a model that no registered builder made: traced by torch.export on a batch of the data, for any number of
+    rows; whoever loads it has to trust it. ValueError when something of it is code, not data.
+    """
+    encode = learn.dls.encode
+    if encode is None:
+        raise ValueError("the data was not made from a DataBlock, so an export cannot know how to read an item")
+    if len(encode.columns) - encode.n_inp != 1:
+        raise ValueError(f"an export predicts one target, and the data has {len(encode.columns) - encode.n_inp}")
+    batch = _a_batch(learn)
+    *inputs, target = encode.columns
+    written: dict[str, Any] = {
+        "format": FORMAT,
+        "model": {"program": True} if program else _spec_of(learn.model),
+        "loss": loss_to_plain(learn.loss_func),
+        "inputs": [{"name": c.name, "tfms": _to_predict(c.type_tfms)} for c in inputs],
+        "layout": list(encode.layout[: encode.n_input_columns]),
+        "item_tfms": _to_predict(encode.item_tfms) + _to_predict(encode.each_epoch),
+        "pad": dict(getattr(learn.dls.valid, "pad", {})),
+        "batch_tfms": _to_predict(learn.dls.batch_tfms),
+        "target": {"type": type(batch[-1]).__name__, "tfms": target.type_tfms.to_plain()},
+        "versions": {"torch": torch.__version__},
+    }
+    content = _program(learn, batch) if program else _weights(learn.model)
+    written["sha256"] = hashlib.sha256(content).hexdigest()
+    try:
+        text = json.dumps(written, indent=1)
+    except TypeError as error:
+        raise ValueError(f"{written['model']} is not plain data: {error}") from error
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / (PROGRAM_FILE if program else WEIGHTS_FILE)).write_bytes(content)
+    (folder / SPEC_FILE).write_text(text, encoding="utf-8")
+    return folder
+
+
+def _spec_of(model: nn.Module) -> dict[str, Any]:
+    spec = getattr(model, "spec", None)
+    if not isinstance(spec, ModelSpec):
+        raise ValueError(
+            f"{type(model).__name__} was not made by a registered builder, so it cannot be built again from data: "
+            "build it in a function decorated with @training.model_builder (or export(..., program=True), which is code)"
+        )
+    return {"builder": spec.builder, "arguments": spec.arguments}
+
+
+def _to_predict(tfms: Pipeline) -> list[dict[str, Any]]:
+    # What runs on training data only stays behind.
+    return Pipeline(tuple(t for t in tfms.transforms if t.split_idx != TRAIN)).to_plain()
+
+
+def _a_batch(learn: "Learner") -> Sequence[Any]:
+    for batch in learn.dls.valid:
+        return batch
+    return next(iter(learn.dls.train))
+
+
+def _weights(model: nn.Module) -> bytes:
+    # Copies, because tied weights share their memory.
+    return safetensors.torch.save({name: w.detach().cpu().clone().contiguous() for name, w in model.state_dict().items()})
+
+
+def _program(learn: "Learner", batch: Sequence[Any]) -> bytes:
+    import copy
+    import io
+
+    rows = learn.dls.batch_tfms(tuple(batch[: learn.dls.n_inp]), split_idx=VALID)
+    examples = tuple(as_plain(x)[:2].cpu() for x in rows)
+    model = copy.deepcopy(learn.model).cpu().eval()
+    any_rows = tuple({0: torch.export.Dim("rows")} for _ in examples)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(model, examples, dynamic_shapes=any_rows), file)
+    return file.getvalue()
+
+
+# --- predicting --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one item: the most probable class, its probability, and those of all classes."""
+    """What the model says of one item.
 
-    label: str
-    probability: float
+    label: the target as a person reads it: a class, the list of those that apply, a number or several, a mask.
+    probability: of the label, where it is one class. probabilities: of each class.
+    activations: the model's output as the loss reads it.
+    """
+
+    label: Any
+    probability: float | None
     probabilities: dict[str, float]
-
-
-def export(learn: "Learner", path: str | Path) -> Path:
-    """Write `learn`'s model and input side to the folder `path`. ValueError when something of it is code, not data."""
-    spec = getattr(learn.model, "spec", None)
-    if not isinstance(spec, ModelSpec):
-        raise ValueError(
-            f"{type(learn.model).__name__} was not made by a registered builder, so it cannot be built again from data: "
-            "build it in a function decorated with @training.model_builder"
-        )
-    loss = loss_to_plain(learn.loss_func)
-    if learn.dls.encode is None:
-        raise ValueError("the data was not made from a DataBlock, so an export cannot know how to read an item")
-    encode = learn.dls.encode
-    written = {
-        "format": FORMAT,
-        "model": {"builder": spec.builder, "arguments": spec.arguments},
-        "input": encode.columns[0].type_tfms.to_plain(),
-        "item_tfms": (encode.item_tfms + encode.each_epoch).to_plain(),
-        "batch_tfms": learn.dls.batch_tfms.to_plain(),
-        "vocab": list(learn.dls.vocab),
-        "loss": loss,
-        "versions": {"torch": torch.__version__},
-    }
-    try:
-        text = json.dumps(written, indent=1)
-    except TypeError as error:
-        raise ValueError(f"{spec.builder}: the model's arguments {spec.arguments!r} are not plain data: {error}") from error
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: w.detach().cpu().contiguous() for name, w in learn.model.state_dict().items()}
-    safetensors.torch.save_file(weights, folder / WEIGHTS_FILE)
-    (folder / SPEC_FILE).write_text(text, encoding="utf-8")
-    return folder
+    activations: Tensor = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -84,65 +144,157 @@ class Predictor:
     model: nn.Module
     encode: Encode
     batch_tfms: Pipeline
-    vocab: tuple[str, ...]
+    pad: dict[str, float]
+    target_type: type[Tensor]
+    target_tfms: Pipeline
     loss: BaseLoss
 
-    def probabilities(self, items: Sequence[Any]) -> Tensor:
-        """Class probabilities (items, classes) of paths, encoded bytes, PIL images or arrays."""
-        columns = [input_tensor(self.encode, item) for item in items]
-        batch = self.batch_tfms(torch.stack(columns))
+    @property
+    def vocab(self) -> tuple[str, ...]:
+        """The names of the classes, in their order; empty where the target is no class."""
+        return next((t.vocab for t in self.target_tfms.transforms if hasattr(t, "vocab")), ())
+
+    def activations(self, items: Sequence[Any]) -> Tensor:
+        """The model's outputs as the loss reads them, (items, ...): probabilities of classes, or values.
+
+        An item is what `get_x` gives: a path, encoded bytes, a PIL image or an array for a picture; a tuple for several inputs.
+        """
+        samples = [self._inputs(item) for item in items]
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        columns = tuple(column.to(device) for column in collate(self.encode.layout, samples, self.pad))
+        batch = self.batch_tfms(columns, split_idx=VALID)
         with torch.no_grad():
-            return self.loss.activation(self.model(as_plain(batch)))
+            return self.loss.activation(self.model(*map(as_plain, batch))).cpu()
 
-    def predict(self, items: Sequence[Any]) -> list[Prediction]:
-        """One `Prediction` an item, in their order. UnreadableRow when an item is no picture."""
-        if not len(items):
-            return []
-        found = []
-        rows = self.probabilities(items)
-        if rows.shape[1] != len(self.vocab):
-            raise UserError(f"the export names {len(self.vocab)} classes, but its model has {rows.shape[1]} outputs")
-        for row in rows:
-            best = int(row.argmax())
-            named = dict(zip(self.vocab, row.tolist(), strict=True))
-            found.append(Prediction(self.vocab[best], float(row[best]), named))
-        return found
+    def probabilities(self, items: Sequence[Any]) -> Tensor:
+        """Class probabilities (items, classes); `activations` of a classifier."""
+        return self.activations(items)
+
+    def predict(self, items: Sequence[Any], batch_size: int = 64) -> list[Prediction]:
+        """One `Prediction` an item, in their order. UnreadableRow when an item cannot be read."""
+        return [
+            self._said(row)
+            for start in range(0, len(items), batch_size)
+            for row in self.activations(items[start : start + batch_size])
+        ]
+
+    def _inputs(self, item: Any) -> list[Tensor]:
+        given = item if len(self.encode.columns) > 1 else (item,)
+        if len(given) != len(self.encode.columns):
+            raise UserError(f"an item has {len(self.encode.columns)} inputs, not {len(given)}")
+        values = tuple(c.type_tfms(value) for c, value in zip(self.encode.columns, given, strict=True))
+        return list(self.encode.flat(self.encode.item_tfms(values, split_idx=VALID)).values())
+
+    def _said(self, row: Tensor) -> Prediction:
+        decoded = self.loss.decodes(row[None])[0]
+        typed = decoded.as_subclass(self.target_type) if issubclass(self.target_type, TensorBase) else decoded
+        vocab = self.vocab if row.ndim == 1 else ()
+        if vocab and len(vocab) != len(row):
+            raise UserError(f"the export names {len(vocab)} classes, but its model has {len(row)} outputs")
+        if typed.ndim == 1 and len(typed) == 1 and not vocab:
+            typed = typed[0]  # of a model with one output
+        label = self.target_tfms.decode(self.batch_tfms.decode(typed))
+        one_class = bool(vocab) and decoded.ndim == 0
+        probabilities = dict(zip(vocab, row.tolist(), strict=True)) if vocab else {}
+        return Prediction(label, float(row[int(decoded)]) if one_class else None, probabilities, row)
 
 
-def load_predictor(path: str | Path) -> Predictor:
+# --- loading -----------------------------------------------------------------------------------------------------------
+
+
+def load_predictor(path: str | Path, trust: Sequence[str] = ()) -> Predictor:
     """The predictor that `export` wrote to the folder `path`.
 
-    UserError (a ValueError) when it is not an export, it asks for what is not registered here, or its weights
-    do not fit its model.
+    trust: packages and modules of yours that may be imported because the export names something of them; "torch.export"
+    for programs. UserError (a ValueError) when it is not an export, was changed since, asks for what is neither registered here
+    nor trusted, or its weights do not fit its model.
     """
     folder = Path(path)
-    if not (folder / SPEC_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
-        raise UserError(f"{str(folder)!r} is not an exported model: {SPEC_FILE} and {WEIGHTS_FILE} are not both there")
     try:
-        return _predictor(folder)
+        return _predictor(folder, tuple(trust))
+    except _NotAnExport as error:
+        raise UserError(f"{str(folder)!r} is not an exported model: {error}") from None
     # What is read is a stranger's file: whatever is wrong with it is said as one thing.
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
         raise UserError(f"the export {str(folder)!r} cannot be used: {type(error).__name__}: {error}") from error
 
 
-def _predictor(folder: Path) -> Predictor:
-    spec = json.loads((folder / SPEC_FILE).read_text(encoding="utf-8"))
+class _NotAnExport(Exception):
+    pass
+
+
+def _predictor(folder: Path, trust: tuple[str, ...]) -> Predictor:
+    spec = json.loads(_read(folder, SPEC_FILE).decode("utf-8"))
     if spec.get("format") != FORMAT:
         raise ValueError(f"it has format {spec.get('format')!r}; this version of fastray reads {FORMAT}")
-    loss = loss_from_plain(spec["loss"])
-    model = ModelSpec(spec["model"]["builder"], spec["model"]["arguments"]).build()
-    weights = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    program = bool(spec["model"].get("program"))
+    if program and PROGRAM not in trust:
+        raise ValueError(f"it is a program, which is code: if you trust where it comes from, say trust=({PROGRAM!r},)")
+    content = _read(folder, PROGRAM_FILE if program else WEIGHTS_FILE)
+    if hashlib.sha256(content).hexdigest() != spec["sha256"]:
+        raise ValueError(f"{PROGRAM_FILE if program else WEIGHTS_FILE} is not the file that was exported: its sha256 differs")
+    for name in _names(spec):
+        _import_trusted(name, trust)
+    loss, layout = loss_from_plain(spec["loss"]), tuple(map(str, spec["layout"]))
+    columns = tuple(Column(str(c["name"]), the_item, Pipeline.from_plain(c["tfms"])) for c in spec["inputs"])
+    return Predictor(
+        model=_loaded_program(content) if program else _built(spec["model"], content),
+        encode=Encode(columns, Pipeline.from_plain(spec["item_tfms"]), n_inp=len(columns), layout=layout),
+        batch_tfms=Pipeline.from_plain(spec["batch_tfms"]),
+        pad={str(name): float(value) for name, value in spec["pad"].items()},
+        target_type=tensor_type(spec["target"]["type"]),
+        target_tfms=Pipeline.from_plain(spec["target"]["tfms"]),
+        loss=loss,
+    )
+
+
+def _read(folder: Path, name: str) -> bytes:
+    # The file is read once, so that what was hashed is what is loaded.
+    file = folder / name
+    if not file.is_file():
+        raise _NotAnExport(f"{name} is not there")
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{name} is a link that leads out of the folder, to {str(file.resolve())!r}")
+    return file.read_bytes()
+
+
+def _names(spec: dict[str, Any]) -> Iterator[str]:
+    # Of all the builders and transforms it asks for.
+    pending: list[Any] = [spec]
+    while pending:
+        match pending.pop():
+            case dict() as found:
+                yield from (found[key] for key in ("name", "builder") if isinstance(found.get(key), str))
+                pending.extend(found.values())
+            case list() as found:
+                pending.extend(found)
+
+
+def _import_trusted(name: str, trust: tuple[str, ...]) -> None:
+    # Ours are called by one word, a user's by module:name.
+    module, colon, _ = name.partition(":")
+    if not colon or module in sys.modules:
+        return
+    if not any(module == t or module.startswith(f"{t}.") for t in trust):
+        root = module.partition(".")[0]
+        raise ValueError(f"it asks for {name!r}, code of the module {module!r}: if you trust it, say trust=({root!r},)")
+    importlib.import_module(module)
+
+
+def _built(described: dict[str, Any], content: bytes) -> nn.Module:
+    model = ModelSpec(described["builder"], described["arguments"]).build()
+    weights = safetensors.torch.load(content)
     try:
         model.load_state_dict(weights)
     except RuntimeError as mismatch:
         raise ValueError(f"its weights do not fit its model: {mismatch}") from mismatch
-    return Predictor(
-        model=model.eval(),
-        encode=Encode((Column("x", the_item, Pipeline.from_plain(spec["input"])),), Pipeline.from_plain(spec["item_tfms"])),
-        batch_tfms=Pipeline.from_plain(spec["batch_tfms"]),
-        vocab=tuple(spec["vocab"]),
-        loss=loss,
-    )
+    return model.eval()
+
+
+def _loaded_program(content: bytes) -> nn.Module:
+    import io
+
+    return torch.export.load(io.BytesIO(content)).module()
 
 
 def the_item(item: Any) -> Any:

@@ -598,11 +598,11 @@ class Learner:
         """The model's output as probabilities or values, as the loss function says."""
         return getattr(self.loss_func, "activation", lambda p: p)(pred)
 
-    def export(self, path: Any) -> Any:
+    def export(self, path: Any, program: bool = False) -> Any:
         """Write the model as data to the folder `path`; see `training.export`."""
         from training.export import export
 
-        return export(self, path)
+        return export(self, path, program)
 
     # --- methods in files of their own -----------------------------------------------------------------------------------
 

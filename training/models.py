@@ -27,6 +27,10 @@ class ModelSpec:
     def build(self) -> nn.Module:
         """The model with fresh weights. ValueError when no such builder is registered."""
         if self.builder not in BUILDERS:
+            import training
+
+            getattr(training, self.builder, None)  # loads the file of ours that defines it
+        if self.builder not in BUILDERS:
             raise ValueError(f"unknown model builder {self.builder!r}; known: {', '.join(sorted(BUILDERS))}")
         return BUILDERS[self.builder](**self.arguments)
 

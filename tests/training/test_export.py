@@ -1,5 +1,7 @@
 """Exports: what is predicted before is predicted after, nothing but data is written, nothing but data is read."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import pickle
@@ -21,9 +23,15 @@ from blocks import (
     DataLoaders,
     FlipItem,
     ImageBlock,
+    ItemGetter,
+    MultiCategoryBlock,
+    Pipeline,
     RandomResizedCrop,
     RandomSplitter,
+    RandTransform,
+    RegressionBlock,
     Resize,
+    TensorImage,
     get_image_files,
     parent_label,
 )
@@ -209,7 +217,7 @@ def test_data_without_a_block_is_not_exported(learn: Learner, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("change", "because"),
     [
-        (lambda spec: spec.update(format=2), "has format 2; this version of fastray reads 1"),
+        (lambda spec: spec.update(format=3), "has format 3; this version of fastray reads 2"),
         (lambda spec: spec.pop("format"), "has format None"),
         (lambda spec: spec.update(loss={"name": "os.system"}), "names the loss 'os.system'; known: CrossEntropyLossFlat"),
         (lambda spec: spec["model"].update(builder="os.system"), "unknown model builder 'os.system'; known: .*little"),
@@ -219,9 +227,18 @@ def test_data_without_a_block_is_not_exported(learn: Learner, tmp_path: Path) ->
             lambda spec: spec["batch_tfms"].insert(0, {"name": "FunctionTransform", "function": "os.system"}),
             "FunctionTransform",
         ),
-        (lambda spec: spec["input"][0].update(command="ls"), "OpenImage has the fields"),
+        (lambda spec: spec["inputs"][0]["tfms"][0].update(command="ls"), "OpenImage has the fields"),
         (lambda spec: spec["model"]["arguments"].update(width=5), "do not fit its model"),
-        (lambda spec: spec.pop("vocab"), "vocab"),
+        (lambda spec: spec.pop("target"), "target"),
+        (lambda spec: spec["target"].update(type="os.system"), "unknown tensor type"),
+        (lambda spec: spec.update(sha256="0" * 64), "is not the file that was exported"),
+        (lambda spec: spec["model"].update(builder=["little"]), "unhashable"),
+        (lambda spec: spec.update(inputs=17), "int"),
+        (lambda spec: spec.update(model={"program": True}), "is a program, which is code.*trust"),
+        (
+            lambda spec: spec["model"].update(builder="no_such_package.models:build"),
+            "asks for 'no_such_package.models:build', code of the module .*trust=.'no_such_package',",
+        ),
     ],
 )
 def test_an_export_that_asks_for_something_else_is_refused(
@@ -232,7 +249,12 @@ def test_an_export_that_asks_for_something_else_is_refused(
 
 
 def test_weights_of_another_model_are_refused(exported: Path) -> None:
+    """Even where whoever changed them wrote their hash down, too."""
     safetensors.torch.save_file(little(width=7).state_dict(), exported / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors is not the file that was exported: its sha256 differs"):
+        load_predictor(exported)
+    content = (exported / "model.safetensors").read_bytes()
+    rewritten(exported, lambda spec: spec.update(sha256=hashlib.sha256(content).hexdigest()))
     with pytest.raises(UserError, match=r"do not fit its model: (.|\n)*size mismatch"):
         load_predictor(exported)
 
@@ -240,7 +262,21 @@ def test_weights_of_another_model_are_refused(exported: Path) -> None:
 @pytest.mark.parametrize("missing", ["learner.json", "model.safetensors"])
 def test_an_export_with_a_file_missing_is_refused(exported: Path, missing: str) -> None:
     (exported / missing).unlink()
-    with pytest.raises(UserError, match=r"is not an exported model: learner\.json and model\.safetensors are not both there"):
+    with pytest.raises(UserError, match=f"is not an exported model: {missing} is not there"):
+        load_predictor(exported)
+
+
+@pytest.mark.parametrize("name", ["learner.json", "model.safetensors"])
+def test_a_file_that_lies_elsewhere_is_refused(exported: Path, tmp_path: Path, name: str) -> None:
+    (exported / name).rename(tmp_path / "elsewhere")
+    (exported / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=rf"{name} is a link that leads out of the folder, to .*elsewhere"):
+        load_predictor(exported)
+
+
+def test_a_description_nested_without_end_is_refused(exported: Path) -> None:
+    (exported / "learner.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="cannot be used"):
         load_predictor(exported)
 
 
@@ -285,6 +321,185 @@ def test_a_file_that_holds_no_weights_is_refused(exported: Path, content: bytes)
     (exported / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="export"):
         load_predictor(exported)
+
+
+# --- code that is trusted ------------------------------------------------------------------------------------------------
+
+
+def test_modules_named_by_an_export_are_imported_where_they_are_trusted(
+    learn: Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a builder and of a transform; only by who loads it, and nothing else of that name."""
+    package = tmp_path / "code" / "petkit"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "models.py").write_text(
+        "from torch import nn\nfrom training import model_builder\n"
+        "@model_builder\ndef flat(*, n: int) -> nn.Module:\n    return nn.Sequential(nn.Flatten(), nn.Linear(768, n))\n"
+    )
+    (package / "tfms.py").write_text(
+        "import dataclasses\nfrom blocks import TensorImage, Transform\n"
+        "@dataclasses.dataclass\nclass Darker(Transform):\n    by: float = 0.5\n"
+        "    def encodes(self, x: TensorImage) -> TensorImage:\n        return x * self.by\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    from petkit.models import flat
+    from petkit.tfms import Darker
+
+    learn.model = flat(n=3)
+    learn.dls = dataclasses.replace(learn.dls, batch_tfms=learn.dls.batch_tfms + Pipeline.of(Darker(0.25)))
+    expected, _ = learn.get_preds()
+    folder, items = learn.export(tmp_path / "exported"), list(map(str, valid_files(learn, few_digits_of(learn))))
+    code = (
+        "import json, sys; from training import load_predictor; folder, trust, *items = sys.argv[1:]; "
+        "print(json.dumps(load_predictor(folder, trust=(trust,)).probabilities(items).tolist()))"
+    )
+    path = f"{tmp_path / 'code'}:{os.environ.get('PYTHONPATH', '')}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    for trust in ("petkit", "pet"):
+        command = [sys.executable, "-c", code, str(folder), trust, *items]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if trust == "pet":
+            assert "asks for 'petkit." in done.stderr
+        else:
+            torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), expected, rtol=0, atol=1e-5)
+
+
+def few_digits_of(learn: Learner) -> Path:
+    return Path(learn.dls.plan_text.split(" of ")[1].splitlines()[0])
+
+
+def test_a_program_is_loaded_where_programs_are_trusted(learn: Learner, tmp_path: Path, few_digits: Path) -> None:
+    learn.model = nn.Sequential(nn.Flatten(), nn.Linear(768, 3))  # no builder made it
+    files = valid_files(learn, few_digits)
+    folder = learn.export(tmp_path / "program", program=True)
+    assert sorted(f.name for f in folder.iterdir()) == ["learner.json", "model.pt2"]
+    with pytest.raises(UserError, match=r"is a program, which is code: if you trust .* trust=\('torch\.export',\)"):
+        load_predictor(folder)
+    predictor = load_predictor(folder, trust=("torch.export",))
+    torch.testing.assert_close(predictor.probabilities(files), learn.get_preds()[0])
+    assert predictor.predict(files[:1])[0].label == predictor.predict(files)[0].label
+
+
+# --- other targets ----------------------------------------------------------------------------------------------------------
+
+
+def of_points(*blocks: Any, get_y: Any, n_out: int, **settings: Any) -> Learner:
+    """A Learner of 40 rows of two numbers, whose target `get_y` makes."""
+    generator = torch.Generator().manual_seed(0)
+    items = [tuple(map(float, row)) for row in torch.randn(40, 2, generator=generator).tolist()]
+    block = DataBlock(blocks=(RegressionBlock(2), *blocks), get_y=get_y, splitter=RandomSplitter(0.25, seed=1), **settings)
+    return Learner(block.dataloaders(items, batch_size=8), linear(n_in=2, n_out=n_out), lr=0.1)
+
+
+@model_builder
+def linear(*, n_in: int, n_out: int) -> nn.Module:
+    return nn.Linear(n_in, n_out)
+
+
+def signs(item: tuple[float, float]) -> list[str]:
+    return [name for name, x in zip(("left", "right"), item, strict=True) if x > 0]
+
+
+def total(item: tuple[float, float]) -> float:
+    return sum(item)
+
+
+def test_several_labels_an_item(tmp_path: Path) -> None:
+    learn = of_points(MultiCategoryBlock(), get_y=signs, n_out=2)
+    learn.fit(10)
+    predictor = load_predictor(learn.export(tmp_path / "exported"))
+    items = [(1.5, -1.5), (1.5, 1.5), (-1.5, -1.5)]
+    found = predictor.predict(items)
+    assert [list(p.label) for p in found] == [["left"], ["left", "right"], []]
+    assert found[0].probability is None
+    assert list(found[0].probabilities) == ["left", "right"]
+    assert found[0].probabilities["left"] > 0.5 > found[0].probabilities["right"]
+    expected = torch.sigmoid(learn.model(torch.tensor(items))).detach()
+    torch.testing.assert_close(predictor.activations(items), expected)
+
+
+def test_numbers(tmp_path: Path) -> None:
+    learn = of_points(RegressionBlock(), get_y=total, n_out=1)
+    learn.fit(30)
+    predictor = load_predictor(learn.export(tmp_path / "exported"))
+    (one,) = predictor.predict([(0.5, 0.25)])
+    assert isinstance(one.label, float)
+    assert one.label == pytest.approx(0.75, abs=0.2)
+    assert (one.probability, one.probabilities) == (None, {})
+    learn = of_points(RegressionBlock(2), get_y=list, n_out=2)
+    (two,) = load_predictor(learn.export(tmp_path / "two")).predict([(0.5, 0.25)])
+    assert two.label == pytest.approx(learn.model(torch.tensor([0.5, 0.25])).tolist())
+
+
+def test_many_items_are_predicted_in_batches(exported: Path, learn: Learner, few_digits: Path) -> None:
+    files, rows = valid_files(learn, few_digits), []
+    predictor = load_predictor(exported)
+    predictor.model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    at_once = predictor.predict(files)
+    assert rows == [len(files)]
+    rows.clear()
+    assert [p.label for p in predictor.predict(files, batch_size=8)] == [p.label for p in at_once]
+    assert max(rows) == 8
+    assert sum(rows) == len(files)
+
+
+def test_several_inputs(tmp_path: Path) -> None:
+    items = [((float(i), 1.0), (float(-i), 2.0), i % 2) for i in range(40)]
+    block = DataBlock(
+        blocks=(RegressionBlock(2), RegressionBlock(2), CategoryBlock()),
+        n_inp=2,
+        getters=[ItemGetter(0), ItemGetter(1), ItemGetter(2)],
+        splitter=RandomSplitter(0.25, seed=1),
+    )
+    learn = Learner(block.dataloaders(items, batch_size=8), added(n_out=2))
+    learn.fit(1)
+    predictor = load_predictor(learn.export(tmp_path / "exported"))
+    given = [(i[0], i[1]) for i in items[:3]]
+    expected = learn.model(*(torch.tensor(column) for column in zip(*given, strict=True))).softmax(dim=1).detach()
+    torch.testing.assert_close(predictor.activations(given), expected)
+    with pytest.raises(UserError, match="an item has 2 inputs, not 3"):
+        predictor.predict([items[0]])
+
+
+@model_builder
+def added(*, n_out: int) -> nn.Module:
+    class Added(nn.Linear):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(a + 2 * b)
+
+    return Added(2, n_out)
+
+
+def test_tied_weights_are_exported(learn: Learner, tmp_path: Path) -> None:
+    learn.dls = dataclasses.replace(learn.dls)
+    learn.model = tied(n=768)
+    torch.testing.assert_close(load_predictor(learn.export(tmp_path / "exported")).model.state_dict(), learn.model.state_dict())
+
+
+@model_builder
+def tied(*, n: int) -> nn.Module:
+    first, second = nn.Linear(n, n), nn.Linear(n, n)
+    second.weight = first.weight
+    return nn.Sequential(nn.Flatten(), first, second)
+
+
+def test_what_runs_in_training_only_stays_behind(learn: Learner, tmp_path: Path) -> None:
+    @dataclasses.dataclass
+    class Noise(RandTransform):
+        def draw(self, x: Any, keys: torch.Tensor) -> torch.Tensor:
+            return keys
+
+        def encodes(self, x: TensorImage, drawn: torch.Tensor) -> TensorImage:
+            return x + 1000
+
+    before, _ = learn.get_preds()
+    learn.dls = dataclasses.replace(learn.dls, batch_tfms=learn.dls.batch_tfms + Pipeline.of(Noise()))
+    folder = learn.export(tmp_path / "exported")
+    assert "Noise" not in (folder / "learner.json").read_text()
+    assert learn.dls.train
+    files = valid_files(learn, few_digits_of(learn))
+    torch.testing.assert_close(load_predictor(folder).probabilities(files), before)
 
 
 # --- builders ----------------------------------------------------------------------------------------------------------
