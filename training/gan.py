@@ -74,12 +74,12 @@ class GANTrainer(Callback):
         self.gen_first, self.switch_eval, self.clip, self.noise = gen_first, switch_eval, clip, noise
         self.gen_mode = gen_first
         self._losses: dict[str, list[Tensor]] = {}
-        self._trainable: list[tuple[nn.Parameter, bool]] = []
+        self._trainable: list[bool] = []  # which parameters train at all, in the model's order
 
     def before_fit(self, learn: Learner) -> None:
         if distributed.world() > 1:
             raise ValueError("a GAN trains in one process: gradients over ranks are for one model that trains as a whole")
-        self._trainable = [(p, p.requires_grad) for p in learn.model.parameters()]
+        self._trainable = [p.requires_grad for p in learn.model.parameters()]
         if learn.epoch == 0:  # not in a fit that goes on after a restart
             self.gen_mode = self.gen_first
 
@@ -99,6 +99,8 @@ class GANTrainer(Callback):
             with torch.no_grad():
                 torch._foreach_clamp_min_(list(model.critic.parameters()), -self.clip)
                 torch._foreach_clamp_max_(list(model.critic.parameters()), self.clip)
+        if learn.training and model.gen_mode != self.gen_mode:
+            self.switch(learn, self.gen_mode)  # in a run that goes on from the middle of an epoch
         if not model.gen_mode:
             learn.xb, learn.yb = learn.yb, tuple(map(as_plain, learn.xb))
 
@@ -114,7 +116,7 @@ class GANTrainer(Callback):
                 learn.recorder.values[f"train/{name}"] = float(torch.stack(losses).mean())
 
     def after_fit(self, learn: Learner) -> None:
-        for parameter, trains in self._trainable:
+        for parameter, trains in zip(learn.model.parameters(), self._trainable, strict=False):
             parameter.requires_grad_(trains)
         self._trainable = []
 
@@ -122,18 +124,17 @@ class GANTrainer(Callback):
         """Have the generator train, or the critic."""
         model = _gan(learn)
         self.gen_mode = model.gen_mode = gen_mode
-        for part, trains in ((model.generator, gen_mode), (model.critic, not gen_mode)):
-            part.train(trains or not self.switch_eval)
-            own = {id(p) for p in part.parameters()}
-            for parameter, trained_before in self._trainable:
-                if id(parameter) in own:
-                    parameter.requires_grad_(trains and trained_before)
+        trains = dict(zip(model.parameters(), self._trainable, strict=True))
+        for part, on in ((model.generator, gen_mode), (model.critic, not gen_mode)):
+            part.train(on or not self.switch_eval)
+            for parameter in part.parameters():
+                parameter.requires_grad_(on and trains[parameter])
 
-    def state_dict(self) -> dict[str, bool]:
-        return {"gen_mode": self.gen_mode}
+    def state_dict(self) -> dict[str, Any]:
+        return {"gen_mode": self.gen_mode, "trainable": list(self._trainable)}
 
-    def load_state_dict(self, state: dict[str, bool]) -> None:
-        self.gen_mode = state["gen_mode"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.gen_mode, self._trainable = state["gen_mode"], list(state["trainable"])
 
 
 def _gan(learn: Learner) -> GANModule:
