@@ -1,10 +1,10 @@
 """Callbacks for recurrent models, whose forward pass gives more than the prediction and whose state lives on between batches.
 
 A recurrent model returns (prediction, raw outputs, outputs after dropout), the outputs (rows, steps, features), and has
-`reset()`.
+`reset()`, and what lives on in its attribute `hidden`.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,16 +15,32 @@ if TYPE_CHECKING:
 
 
 class ModelResetter(Callback):
-    """Calls the model's `reset()` where a new stream of text begins: before each part of an epoch, and at the end."""
+    """Calls the model's `reset()` where a new stream of text begins: before each part of an epoch, and at the end.
+
+    What lives on between batches, the model's attribute `hidden` (tensors, or tuples of them), is the callback's state: each
+    rank has its own.
+    """
+
+    def __init__(self) -> None:
+        self._model: Any = None
 
     def before_train(self, learn: "Learner") -> None:
+        self._model = learn.model
         learn.model.reset()  # type: ignore[operator]
 
     def before_validate(self, learn: "Learner") -> None:
         learn.model.reset()  # type: ignore[operator]
 
     def after_fit(self, learn: "Learner") -> None:
+        self._model = None
         learn.model.reset()  # type: ignore[operator]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"hidden": getattr(self._model, "hidden", None)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._model is not None:
+            self._model.hidden = state["hidden"]
 
 
 class RNNRegularizer(Callback):

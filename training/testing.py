@@ -59,6 +59,7 @@ def check_callback(make: MakeCallback, make_learner: MakeLearner = tiny_learner)
     check_picklable(make, make_learner)
     check_restores_what_it_changed(make, make_learner)
     check_same_result_again(make, make_learner)
+    check_goes_on_where_it_stopped(make, make_learner)
 
 
 CANCELS: dict[type[CancelException], str] = {
@@ -127,6 +128,37 @@ def check_same_result_again(make: MakeCallback, make_learner: MakeLearner) -> No
     _fit(first, 2)
     _fit(second, 2)
     assert torch.equal(_weights(first), _weights(second)), "trained again from the same start, the weights are others"
+
+
+def check_goes_on_where_it_stopped(make: MakeCallback, make_learner: MakeLearner) -> None:
+    """Stopped in the middle of an epoch, saved, loaded by a fresh Learner and resumed: the same bits as without the stop."""
+    unbroken = make_learner(make())
+    _fit(unbroken, 2)
+    for epoch in (0, 1):
+        keeps = _Keeps(epoch)
+        _fit(make_learner(make(), keeps), 2)
+        learn = make_learner(make(), _Keeps(-1))
+        learn.load_state_dict(keeps.state)
+        with contextlib.redirect_stdout(io.StringIO()):
+            learn.resume()
+        assert torch.equal(_weights(learn), _weights(unbroken)), f"resumed in epoch {epoch}, the weights are others"
+
+
+class _Keeps(Callback):
+    # The state of the Learner after the first batch of an epoch.
+    order = 1000
+
+    def __init__(self, epoch: int):
+        self.epoch, self.saved = epoch, io.BytesIO()
+
+    def after_batch(self, learn: Learner) -> None:
+        if learn.training and learn.epoch == self.epoch and learn.iter == 0:
+            torch.save(learn.state_dict(), self.saved)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        self.saved.seek(0)
+        return torch.load(self.saved, weights_only=True)
 
 
 def same(a: Any, b: Any) -> bool:

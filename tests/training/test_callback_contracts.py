@@ -25,11 +25,11 @@ class Recurrent(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        self.state: Any = None
+        self.hidden: Any = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        raw, state = self.rnn(self.words(x), self.state)
-        self.state = tuple(s.detach() for s in state)
+        raw, hidden = self.rnn(self.words(x), self.hidden)
+        self.hidden = tuple(h.detach() for h in hidden)
         dropped = nn.functional.dropout(raw, 0.1, self.training)
         return self.out(dropped), raw, dropped
 
@@ -37,9 +37,10 @@ class Recurrent(nn.Module):
 def recurrent_learner(*callbacks: Callback) -> Learner:
     torch.manual_seed(2)
     batches = [(torch.randint(10, (4, 7)), torch.randint(10, (4, 7))) for _ in range(6)]
-    taken_out = [] if any(isinstance(c, training.RNNRegularizer) for c in callbacks) else [training.RNNRegularizer()]
+    both = training.RNNRegularizer(), training.ModelResetter()
+    missing = [c for c in both if c.name not in {given.name for given in callbacks}]
     dls = DataLoaders(batches[:4], batches[4:])
-    return Learner(dls, Recurrent(), training.CrossEntropyLossFlat(), lr=0.01, callbacks=[*callbacks, *taken_out])
+    return Learner(dls, Recurrent(), training.CrossEntropyLossFlat(), lr=0.01, callbacks=[*callbacks, *missing])
 
 
 def gan_learner(*callbacks: Callback) -> Learner:
@@ -103,6 +104,7 @@ TO_DERIVE_FROM = {"Callback", "HookCallback", "ValueWatcher"}
         testing.check_picklable,
         testing.check_restores_what_it_changed,
         testing.check_same_result_again,
+        testing.check_goes_on_where_it_stopped,
     ],
 )
 @pytest.mark.filterwarnings("ignore:.* watches valid/loss, which epoch 0 did not record:UserWarning")
