@@ -35,29 +35,23 @@ class GANModule(nn.Module):
 
 
 class GANLoss:
-    """The loss of the one whose turn it is. `gen_loss` and `crit_loss` are the last values."""
+    """The loss of the one whose turn it is."""
 
     def __init__(self, model: GANModule, gen_loss_func: GeneratorLoss, crit_loss_func: CriticLoss):
         self.model, self.gen_loss_func, self.crit_loss_func = model, gen_loss_func, crit_loss_func
-        self.gen_loss: Tensor | None = None
-        self.crit_loss: Tensor | None = None
 
     def __call__(self, pred: Tensor, *other: Tensor) -> Tensor:
         return self.generator(pred, *other) if self.model.gen_mode else self.critic(pred, *other)
 
     def generator(self, output: Tensor, target: Tensor) -> Tensor:
         """The generator's loss of the samples it made."""
-        loss = self.gen_loss_func(self.model.critic(output), output, target)
-        self.gen_loss = loss.detach()
-        return loss
+        return self.gen_loss_func(self.model.critic(output), output, target)
 
     def critic(self, real_pred: Tensor, *inputs: Tensor) -> Tensor:
         """The critic's loss of what it says of real samples, and of those made from the inputs."""
         with torch.no_grad():
             made = self.model.generator(*inputs)
-        loss = self.crit_loss_func(real_pred, self.model.critic(made))
-        self.crit_loss = loss.detach()
-        return loss
+        return self.crit_loss_func(real_pred, self.model.critic(made))
 
 
 class GANTrainer(Callback):
@@ -65,7 +59,7 @@ class GANTrainer(Callback):
 
     gen_first: the generator begins. switch_eval: the other one is in evaluation mode meanwhile. clip: limit of the critic's
     weights (WGAN). noise: the batch is the real samples alone, and the generator's input so many normal numbers a sample, drawn
-    by its key. Records "train/gen_loss" and "train/crit_loss". Validation has the generator's loss. In one process only.
+    by its key. Records "train/gen_loss" and "train/crit_loss". Validation has the generator's loss.
     """
 
     order = -5  # once the batch is transformed
@@ -73,18 +67,16 @@ class GANTrainer(Callback):
     def __init__(self, gen_first: bool = False, switch_eval: bool = True, clip: float | None = None, noise: int | None = None):
         self.gen_first, self.switch_eval, self.clip, self.noise = gen_first, switch_eval, clip, noise
         self.gen_mode = gen_first
-        self._losses: dict[str, list[Tensor]] = {}
+        self._sums = torch.zeros(2, 2, dtype=torch.float64)  # of the generator, of the critic: loss times rows, rows
         self._trainable: list[bool] = []  # which parameters train at all, in the model's order
 
     def before_fit(self, learn: Learner) -> None:
-        if distributed.world() > 1:
-            raise ValueError("a GAN trains in one process: gradients over ranks are for one model that trains as a whole")
         self._trainable = [p.requires_grad for p in learn.model.parameters()]
         if learn.epoch == 0:  # not in a fit that goes on after a restart
             self.gen_mode = self.gen_first
 
     def before_train(self, learn: Learner) -> None:
-        self._losses = {"gen_loss": [], "crit_loss": []}
+        self._sums = torch.zeros(2, 2, dtype=torch.float64, device=learn.device)
         self.switch(learn, self.gen_mode)
 
     def before_validate(self, learn: Learner) -> None:
@@ -105,15 +97,16 @@ class GANTrainer(Callback):
             learn.xb, learn.yb = learn.yb, tuple(map(as_plain, learn.xb))
 
     def after_batch(self, learn: Learner) -> None:
-        if learn.training:
-            name = "gen_loss" if self.gen_mode else "crit_loss"
-            if (loss := getattr(learn.loss_func, name)) is not None:
-                self._losses[name].append(loss)
+        if learn.training and learn.loss is not None:
+            sums = self._sums[0 if self.gen_mode else 1]
+            sums[0] += learn.loss.double() * learn.rows
+            sums[1] += learn.rows
 
     def after_train(self, learn: Learner) -> None:
-        for name, losses in self._losses.items():
-            if losses:
-                learn.recorder.values[f"train/{name}"] = float(torch.stack(losses).mean())
+        sums = distributed.sum_over_ranks(self._sums)
+        for name, (total, rows) in zip(("gen_loss", "crit_loss"), sums.tolist(), strict=True):
+            if rows:
+                learn.recorder.values[f"train/{name}"] = total / rows
 
     def after_fit(self, learn: Learner) -> None:
         for parameter, trains in zip(learn.model.parameters(), self._trainable, strict=False):
@@ -131,10 +124,10 @@ class GANTrainer(Callback):
                 parameter.requires_grad_(on and trains[parameter])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"gen_mode": self.gen_mode, "trainable": list(self._trainable)}
+        return {"gen_mode": self.gen_mode, "trainable": list(self._trainable), "sums": self._sums.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.gen_mode, self._trainable = state["gen_mode"], list(state["trainable"])
+        self.gen_mode, self._trainable, self._sums = state["gen_mode"], list(state["trainable"]), state["sums"].clone()
 
 
 def _gan(learn: Learner) -> GANModule:
@@ -182,8 +175,14 @@ class AdaptiveGANSwitcher(_Switcher):
         if learn.training and learn.loss is not None:
             trainer = self.trainer(learn)
             thresh = self.gen_thresh if trainer.gen_mode else self.critic_thresh
-            if thresh is None or float(learn.loss) < thresh:
+            if thresh is None or _over_ranks(learn) < thresh:
                 trainer.switch(learn, not trainer.gen_mode)
+
+
+def _over_ranks(learn: Learner) -> float:
+    # The loss of the whole batch, so that all ranks decide alike.
+    total, rows = distributed.sum_over_ranks(learn.loss.new_tensor([float(learn.loss) * learn.rows, learn.rows]))
+    return float(total / rows)
 
 
 class GANLearner(Learner):

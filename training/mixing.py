@@ -52,6 +52,7 @@ class _Mixing(Callback):
             other = loss_per_row(learn.loss_func, learn.pred, *self._others)
             learn.loss_grad = torch.lerp(other, own, self._share).mean()
             learn.loss = learn.loss_grad.detach().clone()
+            learn.loss_count = learn.rows  # what it is the mean over now
 
 
 class MixUp(_Mixing):

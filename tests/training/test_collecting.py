@@ -66,3 +66,10 @@ def test_the_history_as_a_file(tmp_path: Path) -> None:
     assert [float(row["train/loss"]) for row in rows] == [h["train/loss"] for h in learn.recorder.history]
     assert float(rows[1]["valid/loss"]) == pytest.approx(learn.recorder.history[1]["valid/loss"])
     assert rows[2]["valid/loss"] == ""
+
+
+def test_repeated_predictions_differ_by_dropout() -> None:
+    learn = tiny_learner(MCDropout())
+    first, second = learn.get_preds()[0], learn.get_preds()[0]
+    assert not torch.equal(first, second)
+    assert torch.equal(*(tiny_learner().get_preds()[0] for _ in range(2)))

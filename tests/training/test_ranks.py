@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from blocks import DataLoaders
+from blocks.draws import sample_keys
 from training import (
+    AdaptiveGANSwitcher,
     Callback,
     CancelBatchException,
     CancelEpochException,
@@ -24,9 +26,14 @@ from training import (
     CancelTrainException,
     CancelValidException,
     CrossEntropyLossFlat,
+    EarlyStopping,
+    GANLearner,
+    GradientAccumulation,
+    GradientClip,
     Learner,
     accuracy,
     body_and_head,
+    gan,
     ranks,
 )
 
@@ -43,6 +50,7 @@ class Share(tuple[Any, ...]):
 
     own_rows: int
     global_rows: int
+    keys: Tensor
 
 
 def shares(rank: int, world: int, rows: int = 97, batch_size: int = 32) -> list[Share]:
@@ -156,6 +164,31 @@ def accumulating(rank: int, world: int) -> Results:
     return found(learn)
 
 
+def accumulating_and_clipping(rank: int, world: int) -> Results:
+    learn = learner(
+        rank, world, callbacks=[GradientAccumulation(64), GradientClip(0.05), EarlyStopping("train/loss", patience=3)]
+    )
+    learn.fit(4)
+    return found(learn)
+
+
+def two_nets_that_take_turns(rank: int, world: int) -> Results:
+    """A GAN, whose noise follows from the samples' keys."""
+    torch.manual_seed(3)
+    models = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 4)), nn.Linear(4, 1)
+    batches = []
+    for share in shares(rank, world):
+        real = Share((share[0],))
+        real.own_rows, real.global_rows = share.own_rows, share.global_rows
+        real.keys = sample_keys(0, 0, (share[0][:, 0] * 1e6).long())
+        batches.append(real)
+    losses, switcher = (gan.bce_gen_loss, gan.bce_crit_loss), AdaptiveGANSwitcher(None, 0.6)
+    learn = GANLearner(DataLoaders(batches), *models, *losses, switcher, noise=2, opt_func=SGD, lr=0.1)
+    learn.remove_callback(learn.progress)  # type: ignore[attr-defined]
+    learn.fit(4)
+    return found(learn)
+
+
 SAME = (
     forty_steps,
     freezing,
@@ -163,6 +196,8 @@ SAME = (
     weighted_classes,
     parameters_that_not_every_rank_uses,
     accumulating,
+    accumulating_and_clipping,
+    two_nets_that_take_turns,
 )
 
 
