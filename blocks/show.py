@@ -171,18 +171,6 @@ def plot_top_losses(  # noqa: F811
     return _table([*["input"] * (len(samples[0]) - 1), "target", "prediction", "loss"], rows)
 
 
-def show_samples(samples: Samples, titles: Sequence[str] | None = None) -> Figure:
-    """A grid of decoded (input, target) samples, titled by their targets unless `titles` are given."""
-    figure, axes = _grid(len(samples))
-    for axis, sample, title in zip(axes, samples, titles or [str(s[-1]) for s in samples], strict=False):
-        if isinstance(sample[0], TensorImage):
-            draw(axis, sample[0])
-        else:
-            axis.text(0.5, 0.5, as_text(sample[0]), ha="center", va="center", wrap=True)
-        axis.set_title(title, fontsize=9)
-    return figure
-
-
 def _beside(samples: Samples, predictions: Sequence[Any], titles: Sequence[tuple[str, str]]) -> Figure:
     # Two pictures a sample: with the target over it, and with the prediction.
     figure, axes = _grid(2 * len(samples), columns=2 * max(1, math.isqrt(len(samples)) // 2 or 1))

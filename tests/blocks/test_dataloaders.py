@@ -36,7 +36,6 @@ from blocks import (
 from blocks.dataloaders import class_weights, input_tensor
 from blocks.draws import sample_keys, uniform
 from blocks.shards import as_array
-from blocks.show import show_samples
 from blocks.splits import TRAIN, VALID
 from blocks.transform import RandTransform
 
@@ -118,12 +117,6 @@ def test_show_batch(dls: DataLoaders, n: int) -> None:
     assert [axis.get_title() for axis in shown] == [label for _, label in samples]
     for axis, (pixels, _) in zip(shown, samples, strict=True):
         assert np.array_equal(axis.get_images()[0].get_array(), pixels.numpy().transpose(1, 2, 0))
-
-
-def test_show_samples_with_titles_and_of_other_things() -> None:
-    figure = show_samples([("some text", 1), ("more", 2)], titles=["a", "b"])
-    assert [axis.get_title() for axis in figure.axes] == ["a", "b"]
-    assert [axis.texts[0].get_text() for axis in figure.axes] == ["some text", "more"]
 
 
 def test_an_input_is_encoded_as_it_was_for_training(dls: DataLoaders, few_digits: Path) -> None:
