@@ -1,7 +1,6 @@
 """Transforms: chosen by type, composed, undone, and plain data for an export."""
 
 import json
-import pickle
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -9,42 +8,19 @@ import pytest
 import torch
 
 from blocks import (
-    Categorize,
-    CropPad,
-    DihedralItem,
-    EncodedMultiCategorize,
-    FlipItem,
-    IntToFloatTensor,
     ItemTransform,
-    MultiCategorize,
-    Normalize,
-    OneHotEncode,
-    OpenImage,
-    OpenMask,
     Pipeline,
-    PointScaler,
-    RandomCrop,
-    RandomResizedCrop,
     RandTransform,
-    RatioResize,
-    RegressionSetup,
-    Resize,
     TensorBase,
     TensorCategory,
     TensorImage,
     TensorImageBW,
     TensorMask,
-    ToTensor,
     Transform,
     dispatch,
 )
-from blocks.affine import AffineCoordTfm, Flip, Rotate
-from blocks.augment import aug_transforms
 from blocks.fingerprint import fingerprint
-from blocks.lighting import Brightness, Contrast, Hue, LightingTfm, RandomErasing, Saturation
-from blocks.pieces import InPieces
-from blocks.points import BBoxCategorize, ClipBoxes, MakeBoxes, MakePoints
-from blocks.transform import _REGISTRY, FunctionTransform, as_transform, transform_from_plain
+from blocks.transform import _REGISTRY, as_transform, transform_from_plain
 
 
 @dataclass
@@ -282,72 +258,7 @@ def test_a_pipeline_prints_its_steps() -> None:
     assert str(Pipeline()) == "nothing"
 
 
-# --- the contract of our own transforms --------------------------------------------------------------------------------
-
-EXAMPLES: list[Transform] = [
-    Categorize(),
-    Categorize(("cat", "dog")),
-    MultiCategorize(("cat", "dog"), add_na=True),
-    EncodedMultiCategorize(("cat", "dog")),
-    OneHotEncode(2),
-    RegressionSetup(),
-    OpenImage(),
-    OpenImage(mode="L"),
-    Resize(8),
-    Resize((8, 12)),
-    ToTensor(),
-    IntToFloatTensor(),
-    Normalize((0.5,), (0.25,)),
-    Normalize.from_stats((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
-    *aug_transforms(flip_vert=True, size=8, min_scale=0.5, xtra_tfms=[Flip(), Saturation(), Hue(), RandomErasing()]),
-    AffineCoordTfm((Flip(), Rotate(20))),
-    LightingTfm((Brightness(), Contrast(0.1))),
-    InPieces((IntToFloatTensor(), Flip())),
-    *(OpenMask(("sky", "tree")), MakePoints(), MakeBoxes(), PointScaler(y_first=True), ClipBoxes()),
-    BBoxCategorize(("cat",), add_na=True),
-    *(CropPad(8), RatioResize(9), RandomCrop(8), RandomResizedCrop((8, 9)), FlipItem(p=0.3), DihedralItem()),
-]
-
-
-def test_every_transform_of_blocks_has_an_example() -> None:
-    ours = {cls for cls in _REGISTRY.values() if cls.__module__.startswith("blocks.")}
-    assert {type(t) for t in EXAMPLES} == ours - {FunctionTransform}
-
-
-@pytest.mark.parametrize("transform", EXAMPLES, ids=repr)
-class TestContract:
-    def test_pickles(self, transform: Transform) -> None:
-        copy = pickle.loads(pickle.dumps(transform))  # noqa: S301  our own bytes
-        assert type(copy) is type(transform)
-        assert copy == transform
-
-    def test_plain_and_back(self, transform: Transform) -> None:
-        plain = json.loads(json.dumps(transform.to_plain()))
-        assert plain["name"] == type(transform).__name__
-        back = transform_from_plain(plain)
-        assert type(back) is type(transform)
-        assert back == transform
-        assert back.to_plain() == transform.to_plain()
-
-    def test_an_unknown_type_passes_or_is_refused(self, transform: Transform) -> None:
-        """Only the first transform of a column takes any object; others let it pass."""
-        stranger = object()
-        opens = OpenImage | OpenMask | MakePoints | MakeBoxes | BBoxCategorize
-        if isinstance(transform, opens | Categorize | MultiCategorize | EncodedMultiCategorize | RegressionSetup):
-            with pytest.raises((TypeError, ValueError), match="object"):
-                transform(stranger)
-        else:
-            assert Pipeline((transform,))(stranger, split_idx=0, keys=torch.tensor([1])) is stranger
-            assert transform.decode(stranger) is stranger
-
-    def test_wrong_fields(self, transform: Transform) -> None:
-        with pytest.raises(ValueError, match="has the fields"):
-            transform_from_plain(transform.to_plain() | {"surprise": 1})
-
-
-def test_a_pipeline_is_plain_data_and_back() -> None:
-    pipeline = Pipeline.of(EXAMPLES)
-    assert Pipeline.from_plain(json.loads(json.dumps(pipeline.to_plain()))) == pipeline
+# --- plain data of our own ---------------------------------------------------------------------------------------------
 
 
 def test_missing_field() -> None:

@@ -1,0 +1,168 @@
+"""Every transform and block of ours keeps the public contract of `blocks.testing`: one table of cases feeds all checks."""
+
+import importlib
+import pkgutil
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import blocks
+from blocks import (
+    Brightness,
+    Categorize,
+    CategoryBlock,
+    Contrast,
+    CropPad,
+    Dihedral,
+    DihedralItem,
+    EncodedMultiCategorize,
+    Flip,
+    FlipItem,
+    Hue,
+    ImageBlock,
+    IntToFloatTensor,
+    MaskBlock,
+    MultiCategorize,
+    MultiCategoryBlock,
+    Normalize,
+    OneHotEncode,
+    OpenImage,
+    PILImage,
+    PILImageBW,
+    PILMask,
+    RandomCrop,
+    RandomErasing,
+    RandomResizedCrop,
+    RandomResizedCropGPU,
+    RatioResize,
+    RegressionBlock,
+    RegressionSetup,
+    Resize,
+    Rotate,
+    Saturation,
+    TensorBBox,
+    TensorCategory,
+    TensorImage,
+    TensorMask,
+    TensorPoint,
+    ToTensor,
+    Transform,
+    TransformBlock,
+    Warp,
+    Zoom,
+)
+from blocks.affine import AffineCoordTfm
+from blocks.images import OpenMask
+from blocks.lighting import LightingTfm
+from blocks.pieces import InPieces
+from blocks.points import BBoxCategorize, ClipBoxes, MakeBoxes, MakePoints, PointScaler
+from blocks.prepare import map_here
+from blocks.testing import (
+    Case,
+    check_block,
+    check_carried,
+    check_fingerprints,
+    check_transform,
+)
+from blocks.transform import _REGISTRY, transform_from_plain
+
+NOISE = np.random.default_rng(0).integers(0, 256, (4, 12, 10, 3)).astype(np.uint8)
+PICTURES = [PILImage.create(n) for n in NOISE]
+GREY = [PILImageBW.create(n) for n in NOISE]
+SKY = [PILMask.create(n[..., 0] % 3) for n in NOISE]
+POINTS = [torch.tensor([[1.5, 2.5], [9.0, 0.5]]) + i for i in range(4)]
+ITEMS = [
+    (p, m, TensorPoint.create(q), TensorBBox.create(torch.cat([q[:1], q[:1] + 3], 1)))
+    for p, m, q in zip(PICTURES, SKY, POINTS, strict=True)
+]
+BYTES = [torch.from_numpy(n.transpose(2, 0, 1).copy()).as_subclass(TensorImage) for n in NOISE]
+FLOATS = [b / 255 for b in BYTES]
+BATCH = [
+    (f, torch.from_numpy(n[..., 0] % 3).long().as_subclass(TensorMask), (q / 6 - 1).as_subclass(TensorPoint))
+    for f, n, q in zip(FLOATS, NOISE, POINTS, strict=True)
+]
+CODES = [torch.tensor([0, 2]).as_subclass(TensorCategory), torch.tensor([1]).as_subclass(TensorCategory)]
+ROUNDED = 1e-5  # sums of float32 in another order
+
+CASES = [
+    Case(Categorize(("a", "b")), ["a", "b", "b"], inverse=0, column=True),
+    Case(Categorize(("a", "b"), add_na=True), ["a", None, "c"], column=True),
+    Case(Categorize()),
+    Case(MultiCategorize(("a", "b")), [["a"], [], ["a", "b"]], inverse=0, column=True),
+    Case(EncodedMultiCategorize(("a", "b")), [[0, 1], [1, 1]]),
+    Case(OneHotEncode(3), CODES, inverse=0),
+    Case(RegressionSetup(), [1.5, 2.0, -3.25], inverse=0, column=True),
+    Case(RegressionSetup(2), [[1.5, 2.0], [0.0, 1.0]], inverse=0, column=True),
+    Case(OpenImage(), list(NOISE)),
+    Case(OpenImage(mode="L"), list(NOISE)),
+    Case(OpenMask(("sky", "tree", "car")), [n[..., 0] % 3 for n in NOISE]),
+    Case(ToTensor(), [*PICTURES, *GREY, *SKY]),
+    *(
+        Case(t, ITEMS)
+        for t in (Resize(8), Resize((8, 9), method="pad"), Resize(9, method="squish"), CropPad(11), RatioResize(9))
+    ),
+    *(Case(t, ITEMS) for t in (RandomCrop(8), RandomResizedCrop((8, 9)), FlipItem(p=0.5), DihedralItem())),
+    Case(MakePoints(), [[[1, 2], [3, 4]]]),
+    Case(MakeBoxes(), [[[1, 2, 3, 4]]]),
+    Case(BBoxCategorize(("cat",), add_na=True), [["cat", "cow"], []]),
+    Case(PointScaler(), ITEMS),
+    Case(ClipBoxes(), [torch.tensor([[-2.0, -1, 0, 3], [2, 2, 3, 3]]).as_subclass(TensorBBox)]),
+    Case(IntToFloatTensor(), BYTES, inverse=0, batch=True),
+    Case(Normalize((0.5, 0.4, 0.3), (0.25, 0.2, 0.1)), FLOATS, inverse=1e-6, batch=True),
+    *(Case(t, BATCH, batch=True, tolerance=ROUNDED) for t in (Flip(), Dihedral(), Rotate(20), Zoom(), Warp())),
+    *(Case(t, BATCH, batch=True, tolerance=ROUNDED) for t in (RandomResizedCropGPU(8), AffineCoordTfm((Flip(), Rotate(20))))),
+    *(
+        Case(t, BATCH, batch=True, tolerance=ROUNDED)
+        for t in (Brightness(), Contrast(), Saturation(), Hue(), RandomErasing(p=1))
+    ),
+    Case(LightingTfm((Brightness(), Contrast(0.1))), BATCH, batch=True, tolerance=ROUNDED),
+    Case(InPieces((IntToFloatTensor(), Flip())), BYTES, batch=True, tolerance=ROUNDED),
+]
+
+BLOCKS: dict[str, tuple[TransformBlock, list[Any], Any]] = {
+    "image": (ImageBlock(), list(NOISE), Resize(8)),
+    "grey": (ImageBlock(PILImageBW), list(NOISE), ()),
+    "mask": (MaskBlock(("sky", "tree", "car")), [n[..., 0] % 3 for n in NOISE], Resize(8)),
+    "category": (CategoryBlock(("a", "b")), ["a", "b"], ()),
+    "multi": (MultiCategoryBlock(vocab=("a", "b")), [["a"], []], ()),
+    "encoded": (MultiCategoryBlock(encoded=True, vocab=("a", "b")), [[0, 1]], ()),
+    "number": (RegressionBlock(), [1, 2.5], ()),
+    "numbers": (RegressionBlock(2), [[1, 2.5], [3, 4]], ()),
+}
+
+
+def imported() -> set[type[Transform]]:
+    for module in pkgutil.iter_modules(blocks.__path__):
+        importlib.import_module(f"blocks.{module.name}")
+    return {cls for cls in _REGISTRY.values() if cls.__module__.startswith("blocks.")}
+
+
+def test_every_transform_has_a_case() -> None:
+    assert {type(case.transform) for case in CASES} == imported()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: repr(case.transform)[:60])
+def test_every_transform_keeps_the_contract(case: Case) -> None:
+    check_transform(case)
+
+
+@pytest.mark.parametrize(("block", "items", "item_tfms"), BLOCKS.values(), ids=BLOCKS)
+def test_every_block_keeps_the_contract(block: TransformBlock, items: list[Any], item_tfms: Any) -> None:
+    check_block(block, items, item_tfms)
+
+
+def test_fingerprints_are_those_of_another_process() -> None:
+    check_fingerprints([case.transform for case in CASES])
+
+
+def test_all_of_them_are_carried() -> None:
+    """By this process; tests/cluster/test_contracts.py has them carried by Ray Data."""
+    check_carried(CASES, map_here)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: repr(case.transform)[:60])
+def test_wrong_fields(case: Case) -> None:
+    with pytest.raises(ValueError, match="has the fields"):
+        transform_from_plain(case.transform.to_plain() | {"surprise": 1})
