@@ -11,6 +11,8 @@ from PIL import Image, ImageOps
 
 from blocks.encode import from_stored, to_stored
 from blocks.errors import UnreadableRow
+from blocks.files import read_bytes
+from blocks.storage import is_url
 from blocks.tensors import TensorImage, TensorImageBW, TensorMask, as_plain
 from blocks.transform import Transform, dispatch
 
@@ -22,7 +24,7 @@ class PILImage(Image.Image):
 
     @classmethod
     def create(cls, source: Any) -> Self:
-        """Open a path, encoded bytes, a PIL image or an (h, w[, c]) uint8 array; upright by its EXIF orientation.
+        """Open a path or URL, encoded bytes, a PIL image or an (h, w[, c]) uint8 array; upright by its EXIF orientation.
 
         UnreadableRow when the file is missing, empty, truncated or no picture.
         """
@@ -84,9 +86,11 @@ def _opened(source: Any) -> Image.Image:
             return Image.open(io.BytesIO(source))
         case np.ndarray():
             return Image.fromarray(source[..., 0] if source.ndim == 3 and source.shape[-1] == 1 else source)
+        case str() if is_url(source):
+            return Image.open(io.BytesIO(read_bytes(source)))
         case str() | Path():
             return Image.open(source)
-    raise TypeError(f"an image is a path, bytes, a PIL image or a uint8 array, not {type(source).__name__}")
+    raise TypeError(f"an image is a path, a URL, bytes, a PIL image or a uint8 array, not {type(source).__name__}")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

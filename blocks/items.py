@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from blocks.errors import DataError
+from blocks.files import list_files, under
+from blocks.storage import is_url
 
 # What PIL opens. Fixed here, because the machine's own table of types differs from one to the next.
 IMAGE_EXTENSIONS = frozenset(
@@ -35,25 +37,32 @@ def get_files(
     *,
     recurse: bool = True,
     folders: Collection[str] | None = None,
-) -> list[Path]:
-    """The files in `source` and below, in sorted order; hidden ones are skipped, links followed. DataError without a folder.
+) -> list[Path] | list[str]:
+    """The files in the folder or at the URL `source` and below, in sorted order: paths, of a URL URLs. Hidden ones are skipped.
 
-    extensions: the endings wanted, as in {".txt"}, in any case; None: all. recurse: in subfolders too. folders: only in
-    these subfolders of `source`, "." being `source` itself.
+    extensions: the endings wanted, as in {".txt"}, in any case; None: all. recurse: in subfolders too; links are followed.
+    folders: only in these subfolders of `source`, "." being `source` itself. DataError when there is no such folder.
     """
+    wanted = None if extensions is None else frozenset(e.lower() for e in extensions)
+    if is_url(str(source)):
+        found = (path for path, _, _ in list_files(str(source), recursive=recurse))
+        return [under(str(source), path) for path in found if _is_wanted(path, wanted, folders)]
     root = Path(source)
     if not root.is_dir():
         raise DataError(f"there is no folder {str(root)!r}: check the path")
-    wanted = None if extensions is None else frozenset(e.lower() for e in extensions)
     return sorted(_files(root, wanted, recurse, folders))
 
 
-def get_image_files(source: str | Path, *, recurse: bool = True, folders: Collection[str] | None = None) -> list[Path]:
+def get_image_files(
+    source: str | Path, *, recurse: bool = True, folders: Collection[str] | None = None
+) -> list[Path] | list[str]:
     """The image files in `source` and below, as `get_files`."""
     return get_files(source, IMAGE_EXTENSIONS, recurse=recurse, folders=folders)
 
 
-def get_text_files(source: str | Path, *, recurse: bool = True, folders: Collection[str] | None = None) -> list[Path]:
+def get_text_files(
+    source: str | Path, *, recurse: bool = True, folders: Collection[str] | None = None
+) -> list[Path] | list[str]:
     """The .txt files in `source` and below, as `get_files`."""
     return get_files(source, TEXT_EXTENSIONS, recurse=recurse, folders=folders)
 
@@ -67,8 +76,8 @@ class FileGetter:
     recurse: bool = True
     folders: tuple[str, ...] | None = None
 
-    def __call__(self, source: str | Path) -> list[Path]:
-        return get_files(Path(source) / self.suf, self.extensions, recurse=self.recurse, folders=self.folders)
+    def __call__(self, source: str | Path) -> list[Path] | list[str]:
+        return get_files(under(source, self.suf), self.extensions, recurse=self.recurse, folders=self.folders)
 
 
 @dataclass(frozen=True)
@@ -79,23 +88,26 @@ class ImageGetter:
     recurse: bool = True
     folders: tuple[str, ...] | None = None
 
-    def __call__(self, source: str | Path) -> list[Path]:
-        return get_image_files(Path(source) / self.suf, recurse=self.recurse, folders=self.folders)
+    def __call__(self, source: str | Path) -> list[Path] | list[str]:
+        return get_image_files(under(source, self.suf), recurse=self.recurse, folders=self.folders)
 
 
 def _files(root: Path, extensions: frozenset[str] | None, recurse: bool, folders: Collection[str] | None) -> Iterator[Path]:
     seen = {os.path.realpath(root)}
     for folder, subfolders, names in os.walk(root, followlinks=True):
-        at_top = folder == str(root)
+        within = PurePath(folder).relative_to(root)
         below = [s for s in subfolders if not s.startswith(".") and not _again(os.path.join(folder, s), seen)]
-        if folders is not None and at_top:
-            below = [s for s in below if s in folders]
         subfolders[:] = below if recurse else []
-        if folders is not None and at_top and "." not in folders:
-            continue
-        for name in names:
-            if not name.startswith(".") and (extensions is None or os.path.splitext(name)[1].lower() in extensions):
-                yield Path(folder, name)
+        yield from (Path(folder, n) for n in names if _is_wanted(str(within / n), extensions, folders))
+
+
+def _is_wanted(path: str, extensions: frozenset[str] | None, folders: Collection[str] | None) -> bool:
+    # By its path below the source.
+    parts = PurePath(path).parts
+    at = parts[0] if len(parts) > 1 else "."
+    hidden = any(part.startswith(".") for part in parts)
+    ending = os.path.splitext(path)[1].lower()
+    return not hidden and (extensions is None or ending in extensions) and (folders is None or at in folders)
 
 
 def _again(folder: str, seen: set[str]) -> bool:
@@ -110,9 +122,14 @@ def _again(folder: str, seen: set[str]) -> bool:
 # --- labels of files ---------------------------------------------------------------------------------------------------
 
 
+def path_of(item: str | PurePath) -> PurePath:
+    """The path of a file; of a URL without the query, which may hold settings of the storage."""
+    return PurePath(item.partition("?")[0] if isinstance(item, str) and is_url(item) else item)
+
+
 def parent_label(item: str | PurePath) -> str:
     """The name of the folder an item lies in."""
-    return PurePath(item).parent.name
+    return path_of(item).parent.name
 
 
 @dataclass(frozen=True)
@@ -130,7 +147,7 @@ class RegexLabeller:
             raise ValueError(f"the pattern {self.pat!r} has no group: put what is the label in parentheses")
 
     def __call__(self, item: str | PurePath) -> str:
-        text = item.as_posix() if isinstance(item, PurePath) else str(item)
+        text = path_of(item).as_posix()
         found = (re.match if self.match else re.search)(self.pat, text)
         if found is None:
             raise DataError(f"the pattern {self.pat!r} is not found in {text!r}")

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from blocks.draws import sample_keys
 from blocks.errors import DataError
+from blocks.items import path_of
 from blocks.rows import Rows
 
 TRAIN, VALID = 0, 1
@@ -256,7 +257,7 @@ class GrandparentSplitter(Splitter):
         named: dict[str, int] = {}
         for names, part in ((self.train_name, TRAIN), (self.valid_name, VALID)):
             named |= dict.fromkeys((names,) if isinstance(names, str) else names, part)
-        folders = (PurePath(item).parent.parent.name for item in rows.each())
+        folders = (path_of(item).parent.parent.name for item in rows.each())
         return np.fromiter((named.get(folder, LEFT_OUT) for folder in folders), np.uint8, len(rows))
 
 
@@ -282,7 +283,7 @@ class FileSplitter(Splitter):
         object.__setattr__(self, "names", frozenset(filter(None, map(str.strip, lines))))
 
     def parts(self, rows: Rows) -> np.ndarray:
-        return np.fromiter((PurePath(item).name in self.names for item in rows.each()), np.uint8, len(rows))
+        return np.fromiter((path_of(item).name in self.names for item in rows.each()), np.uint8, len(rows))
 
 
 @dataclass(frozen=True)

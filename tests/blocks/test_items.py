@@ -9,12 +9,15 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 
 from blocks import (
     AttrGetter,
     ColReader,
+    DataBlock,
     DataError,
     FileGetter,
+    GrandparentSplitter,
     ImageGetter,
     ItemGetter,
     RegexLabeller,
@@ -93,6 +96,44 @@ def test_which_files(tmp_path: Path) -> None:
     assert names(get_files(tmp_path, folders=["test", "."]), tmp_path) == ["a.TXT", "b.png", "test/e.txt", "test/train/f.png"]
     assert names(FileGetter("train", (".txt",), recurse=False)(tmp_path), tmp_path) == ["train/c.txt"]
     assert names(ImageGetter(folders=("test",))(tmp_path), tmp_path) == ["test/train/f.png"]
+
+
+@pytest.fixture
+def bucket(few_digits: Path) -> str:
+    """The URL of some digits in a storage of this process's own."""
+    import fsspec
+
+    storage = fsspec.filesystem("memory")
+    for file in few_digits.rglob("*.png"):
+        storage.pipe(f"/pets/{file.relative_to(few_digits)}", file.read_bytes())
+    storage.pipe("/pets/.hidden/0.png", b"")
+    storage.pipe("/pets/notes.txt", b"")
+    return "memory://pets"
+
+
+def test_files_of_a_storage_are_urls(bucket: str, few_digits: Path) -> None:
+    below = [f.relative_to(few_digits).as_posix() for f in get_image_files(few_digits)]
+    assert get_image_files(bucket) == [f"{bucket}/{name}" for name in below]
+    assert get_image_files(f"{bucket}/", folders=["1"]) == [f"{bucket}/{name}" for name in below if name.startswith("1/")]
+    assert get_files(bucket, recurse=False) == [f"{bucket}/notes.txt"]
+    assert ImageGetter(folders=("gone",))(bucket) == []
+    assert FileGetter("1", (".png",))(bucket) == [f"{bucket}/{name}" for name in below if name.startswith("1/")]
+    with pytest.raises(DataError, match="gone"):
+        get_image_files("memory://gone")
+
+
+def test_labels_do_not_see_the_query_of_a_url() -> None:
+    url = "s3://bucket/train/cat/great_dane_12.jpg?region=eu/west"
+    assert parent_label(url) == "cat"
+    assert RegexLabeller(r"([^/]+)_\d+.jpg$")(url) == "great_dane"
+    assert GrandparentSplitter()([url]) == ([0], [])
+
+
+def test_a_storage_prepares_as_a_folder_does(bucket: str, few_digits: Path, digits_block: DataBlock) -> None:
+    here, there = digits_block.dataloaders(few_digits), digits_block.dataloaders(bucket)
+    for one, other in zip(here.valid, there.valid, strict=True):
+        assert one.ids == other.ids
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("item", ["pets/great_dane_12.jpg", Path("pets/great_dane_12.jpg")])
