@@ -72,9 +72,22 @@ def draw(axis: Any, value: object) -> None:  # noqa: F811
 
 def _draw_boxes(axis: Any, boxes: Any, labels: Sequence[str]) -> None:
     for (left, top, right, bottom), label in zip((boxes - PIXEL).tolist(), labels, strict=True):
+        if left >= right or top >= bottom:  # padding
+            continue
         axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="lime", linewidth=1.5))
         if label:
             axis.text(left, top, label, color="black", fontsize=7, va="bottom", backgroundcolor="lime")
+
+
+def draw_sample(axis: Any, sample: Sequence[Any]) -> None:
+    """Draw the values of a decoded sample over each other; names that follow their boxes stand at the boxes."""
+    values = list(sample)
+    for i in range(len(values) - 1, 0, -1):
+        boxes, names = values[i - 1 : i + 1]
+        if isinstance(boxes, TensorBBox) and isinstance(names, list) and len(names) == len(boxes):
+            values[i - 1 : i + 1] = [LabeledBBox((boxes, names))]
+    for value in values:
+        draw(axis, value)
 
 
 def as_text(value: Any) -> str:
@@ -90,8 +103,7 @@ def as_text(value: Any) -> str:
 def show(value: Any) -> Figure:
     """A figure of one decoded value, or of the values of one sample over each other."""
     figure, (axis,) = _grid(1)
-    for part in value if type(value) is tuple else (value,):
-        draw(axis, part)
+    draw_sample(axis, value if type(value) is tuple else (value,))
     return figure
 
 
@@ -103,8 +115,7 @@ def show_batch(x: TensorImage | TensorSeries, y: object, *, samples: Samples) ->
     """A figure of some decoded samples; pictures with their targets over them or as titles, else a table."""
     figure, axes = _grid(len(samples))
     for axis, sample in zip(axes, samples, strict=True):
-        for value in sample:
-            draw(axis, value)
+        draw_sample(axis, sample)
     return figure
 
 
@@ -125,8 +136,7 @@ def show_results(x: TensorImage | TensorSeries, y: object, *, samples: Samples, 
     """A figure of decoded samples and the decoded predictions for them: green where they agree, else red."""
     figure, axes = _grid(len(samples))
     for axis, sample, predicted in zip(axes, samples, predictions, strict=True):
-        for value in (*sample, predicted):
-            draw(axis, value)
+        draw_sample(axis, (*sample, predicted))
         axis.title.set_color("green" if as_text(sample[-1]) == as_text(predicted) else "red")
     return figure
 
@@ -151,8 +161,7 @@ def plot_top_losses(
     """A figure of the samples with the highest losses: each with its target, the decoded prediction and the loss."""
     figure, axes = _grid(len(samples))
     for axis, sample, predicted, loss in zip(axes, samples, predictions, losses, strict=True):
-        for value in (*sample, predicted, f"loss {loss:.3g}"):
-            draw(axis, value)
+        draw_sample(axis, (*sample, predicted, f"loss {loss:.3g}"))
     return figure
 
 
@@ -177,8 +186,7 @@ def _beside(samples: Samples, predictions: Sequence[Any], titles: Sequence[tuple
     pairs = zip(axes[::2], axes[1::2], samples, predictions, titles, strict=True)
     for left, right, sample, predicted, (of_target, of_prediction) in pairs:
         for axis, values, title in ((left, sample, of_target), (right, (*sample[:-1], predicted), of_prediction)):
-            for value in values:
-                draw(axis, value)
+            draw_sample(axis, values)
             axis.set_title(title, fontsize=9)
     return figure
 

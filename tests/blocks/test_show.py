@@ -74,9 +74,18 @@ def test_a_point_is_where_its_pixel_is_drawn() -> None:
     assert (box.get_xy(), box.get_width(), box.get_height()) == ((0.5, 1.5), 4, 4)
 
 
-def test_boxes_have_names() -> None:
-    axis = show_batch(X, BOXES, samples=[(PICTURE, LabeledBBox((BOXES, ["cat"])))]).axes[0]
+@pytest.mark.parametrize("target", [(LabeledBBox((BOXES, ["cat"])),), (BOXES, [Category("cat")])])
+def test_boxes_have_names(target: tuple[Any, ...]) -> None:
+    axis = show_batch(X, BOXES, samples=[(PICTURE, *target)]).axes[0]
     assert [text.get_text() for text in axis.texts] == ["cat"]
+    assert len(axis.patches) == 1
+    assert not axis.get_title()
+
+
+def test_boxes_that_are_padding_are_not_drawn() -> None:
+    padded = torch.cat([BOXES, torch.zeros(2, 4)])
+    axis = show((PICTURE, padded, ["cat", "#na#", "#na#"])).axes[0]
+    assert len(axis.patches) == len(axis.texts) == 1
 
 
 def test_boxes_and_their_labels_as_two_targets() -> None:
