@@ -8,8 +8,10 @@ Each check raises AssertionError with what differs. They need neither pytest nor
 import dataclasses
 import itertools
 import json
+import math
 import os
 import pickle
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +28,7 @@ from blocks.datablock import TransformBlock
 from blocks.fingerprint import fingerprint
 from blocks.shards import TYPE_KEY, BytesColumn, FixedColumn, RaggedColumn, read_column, typed_column
 from blocks.tensors import tensor_type
-from blocks.transform import ColumnTransform, Pipeline, Transform, transform_from_plain
+from blocks.transform import ColumnSummary, ColumnTransform, Pipeline, Summary, Transform, transform_from_plain
 
 Carrier = Callable[[Callable[[pa.Table], pa.Table], Sequence[pa.Table]], Iterable[pa.Table]]
 
@@ -177,6 +179,47 @@ def check_block(block: TransformBlock, items: Sequence[Any], item_tfms: Any = ()
     transformed = Pipeline.of(block.batch_tfms)(tuple(batch), split_idx=1)
     for number, (before, after) in enumerate(zip(batch, transformed, strict=True)):
         _require(type(after) is type(before), f"column {number} is a {type(after).__name__} after batch_tfms")
+
+
+def check_summary(kind: type[Summary], values: Sequence[Any], seed: int = 0, tolerance: float = 1e-12) -> None:
+    """What parts of the values show, merged in any order, is what one pass over them shows; through JSON and columns too.
+
+    Whole numbers and texts are equal, floats up to `tolerance`, relative to their size.
+    """
+    draw = random.Random(seed)
+    whole = _seen(kind, values, range(len(values)))
+    part_of = [draw.randrange(4) for _ in values]
+    for order in (range(4), reversed(range(4)), draw.sample(range(4), 4)):
+        merged = kind()
+        for part in order:
+            ids = [i for i, p in enumerate(part_of) if p == part]
+            seen = _seen(kind, [values[i] for i in ids], ids)
+            merged.merge(kind.from_plain(json.loads(json.dumps(seen.to_plain()))))
+        _require(
+            _close(merged.to_plain(), whole.to_plain(), tolerance),
+            f"{merged} of parts is not {whole}, of all {len(values)} values",
+        )
+    if isinstance(whole, ColumnSummary):
+        for first in (0, 1):  # a slice of an array keeps its offset
+            by_column: Any = kind()
+            by_column.observe_column(pa.array(list(values))[first:], pa.array(range(len(values)))[first:])
+            by_row = _seen(kind, values[first:], range(first, len(values)))
+            _require(_close(by_column.to_plain(), by_row.to_plain(), tolerance), f"{by_column} of a column is not {by_row}")
+
+
+def _seen(kind: type[Summary], values: Sequence[Any], ids: Iterable[int]) -> Summary:
+    summary: Any = kind()
+    for value, row_id in zip(values, ids, strict=True):
+        summary.observe(value, row_id)
+    return summary
+
+
+def _close(one: Any, other: Any, tolerance: float) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_close(one[k], other[k], tolerance) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(_close(a, b, tolerance) for a, b in zip(one, other, strict=True))
+    return math.isclose(one, other, rel_tol=tolerance) if isinstance(one, float) else bool(one == other)
 
 
 def _once_stored(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:

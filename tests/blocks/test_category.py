@@ -1,6 +1,5 @@
 """Labels: counting them in parts and by columns, the vocabulary, and what cannot be learned."""
 
-import json
 from collections import Counter
 from typing import Any
 
@@ -37,40 +36,6 @@ def counted(rows: list[tuple[str, str]]) -> CategoryCounts:
 
 def labels(*names: str, of: str = "t") -> CategoryCounts:
     return counted([(name, f"{of}{i}") for i, name in enumerate(names)])
-
-
-LABELS = st.sampled_from(["a", "b", "c", "d", None])
-LISTS = st.lists(LABELS, max_size=3)
-
-
-@pytest.mark.parametrize(
-    ("kind", "labels", "type_"), [(CategoryCounts, LABELS, pa.string()), (MultiCategoryCounts, LISTS, pa.list_(pa.string()))]
-)
-@settings(deadline=None, max_examples=40)
-@given(data=st.data())
-def test_counts_of_parts_in_any_order_and_of_columns_equal_one_pass(
-    kind: Any, labels: Any, type_: pa.DataType, data: Any
-) -> None:
-    values = data.draw(st.lists(labels, max_size=20))
-    part_of = data.draw(st.lists(st.integers(0, 3), min_size=len(values), max_size=len(values)))
-    whole = kind()
-    for row_id, value in enumerate(values):
-        whole.observe(value, row_id)
-    merged = kind()
-    for part in data.draw(st.permutations(range(4))):
-        ids = [i for i, p in enumerate(part_of) if p == part]
-        summary = kind()
-        if part % 2:
-            for i in ids:
-                summary.observe(values[i], i)
-        else:
-            summary.observe_column(pa.array([values[i] for i in ids], type_), pa.array(ids, pa.int64()))
-        merged.merge(kind.from_plain(json.loads(json.dumps(summary.to_plain()))))
-    assert merged == whole
-    sliced = kind()  # a slice of an array keeps its offset
-    one_more = pa.array([["a"] if kind is MultiCategoryCounts else "a", *values], type_)
-    sliced.observe_column(one_more[1:], pa.array(range(len(values)), pa.int64()))
-    assert sliced == whole
 
 
 def test_counts_by_text_ids() -> None:

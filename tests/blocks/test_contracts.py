@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import blocks
 from blocks import (
@@ -54,9 +56,11 @@ from blocks import (
     Zoom,
 )
 from blocks.affine import AffineCoordTfm
+from blocks.category import CategoryCounts, MultiCategoryCounts
 from blocks.images import OpenMask
 from blocks.lighting import LightingTfm
 from blocks.pieces import InPieces
+from blocks.pixels import PixelMoments
 from blocks.points import BBoxCategorize, ClipBoxes, MakeBoxes, MakePoints, PointScaler
 from blocks.prepare import map_here
 from blocks.testing import (
@@ -64,6 +68,7 @@ from blocks.testing import (
     check_block,
     check_carried,
     check_fingerprints,
+    check_summary,
     check_transform,
 )
 from blocks.transform import _REGISTRY, transform_from_plain
@@ -133,6 +138,14 @@ BLOCKS: dict[str, tuple[TransformBlock, list[Any], Any]] = {
 }
 
 
+LABELS = st.sampled_from(["a", "b", "c", None])
+SUMMARIES: dict[type[Any], st.SearchStrategy[Any]] = {
+    CategoryCounts: LABELS,
+    MultiCategoryCounts: st.lists(LABELS, max_size=3),
+    PixelMoments: st.binary(min_size=8, max_size=8).map(lambda b: torch.tensor(list(b), dtype=torch.uint8).view(2, 2, 2)),
+}
+
+
 def imported() -> set[type[Transform]]:
     for module in pkgutil.iter_modules(blocks.__path__):
         importlib.import_module(f"blocks.{module.name}")
@@ -151,6 +164,18 @@ def test_every_transform_keeps_the_contract(case: Case) -> None:
 @pytest.mark.parametrize(("block", "items", "item_tfms"), BLOCKS.values(), ids=BLOCKS)
 def test_every_block_keeps_the_contract(block: TransformBlock, items: list[Any], item_tfms: Any) -> None:
     check_block(block, items, item_tfms)
+
+
+@pytest.mark.parametrize("kind", SUMMARIES)
+@settings(deadline=None, max_examples=30)
+@given(data=st.data())
+def test_summaries_of_parts_merge_to_that_of_the_whole(kind: type[Any], data: Any) -> None:
+    values = data.draw(st.lists(SUMMARIES[kind], min_size=1, max_size=20))
+    check_summary(kind, values, seed=data.draw(st.integers(0, 99)))
+
+
+def test_every_summary_has_its_values() -> None:
+    assert {t.summary for t in imported()} - {None} == set(SUMMARIES)
 
 
 def test_fingerprints_are_those_of_another_process() -> None:

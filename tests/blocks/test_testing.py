@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from blocks import TensorImage, TensorNumber, Transform, TransformBlock
+from blocks.category import CategoryCounts
 from blocks.prepare import map_here
-from blocks.testing import Case, check_block, check_carried, check_transform
+from blocks.testing import Case, check_block, check_carried, check_summary, check_transform
 
 PICTURES = [torch.full((1, 2, 2), float(i)).as_subclass(TensorImage) for i in range(3)]
 
@@ -118,6 +119,28 @@ def test_what_a_carrier_loses_or_changes_is_noticed() -> None:
 
 def swapped(table: pa.Table, work: Any) -> pa.Table:
     return table.set_column(1, "value", pa.array([1 - table["value"][0].as_py()]))
+
+
+class LastLabel(CategoryCounts):
+    """Depends on the order of the parts."""
+
+    def merge(self, other: Any) -> None:
+        self.counts, self.first_row = other.counts, other.first_row
+
+
+class EveryOther(CategoryCounts):
+    """Its column face sees other rows."""
+
+    def observe_column(self, values: pa.Array, row_ids: pa.Array) -> None:
+        super().observe_column(values[::2], row_ids[::2])
+
+
+def test_a_summary_that_does_not_merge_is_noticed() -> None:
+    check_summary(CategoryCounts, list("abcab"))
+    with pytest.raises(AssertionError, match="of parts is not"):
+        check_summary(LastLabel, list("abcab"))
+    with pytest.raises(AssertionError, match="of a column is not"):
+        check_summary(EveryOther, list("abcab"))
 
 
 @dataclass

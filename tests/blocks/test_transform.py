@@ -20,6 +20,7 @@ from blocks import (
     dispatch,
 )
 from blocks.fingerprint import fingerprint
+from blocks.lighting import RandomErasing
 from blocks.transform import _REGISTRY, as_transform, transform_from_plain
 
 

@@ -142,7 +142,6 @@ def test_show_results_is_a_figure(digits_block: DataBlock, few_digits: Path) -> 
     dls = digits_block.dataloaders(few_digits, batch_size=32)
     figure = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(768, 3))).show_results(n=4)
     assert isinstance(figure, Figure)
-<<<<<<< HEAD
     titles = [axis.get_title() for axis in figure.axes]
     assert len(titles) == 4
     assert all(set(title.split("\n")) <= {"0", "1", "2"} and len(title.split("\n")) == 2 for title in titles)
@@ -152,13 +151,6 @@ def test_show_results_of_numbers_is_a_table() -> None:
     rows = [(x, x[:, :1].clone()) for x, _ in batches((4, 3))]
     figure = learner(DataLoaders(rows, rows), nn.Linear(3, 1), loss_func=MSELossFlat()).show_results(n=3)
     assert isinstance(figure, Figure)
-=======
-    assert len(figure.axes) == 4
-    for axis in figure.axes:
-        target, predicted = axis.get_title().split("\n")
-        assert {target, predicted} <= {"0", "1", "2"}
-        assert axis.title.get_color() == ("green" if target == predicted else "red")
->>>>>>> e85c91f (show_results by the types of input and target)
 
 
 def test_summary_names_layers_shapes_and_parameters() -> None:
