@@ -120,13 +120,6 @@ def show_batch(x: TensorImage | TensorSeries, y: object, *, samples: Samples) ->
 
 
 @dispatch  # type: ignore[no-redef]
-def show_batch(x: TensorImage, y: TensorBBox, *, samples: Samples) -> Figure:  # noqa: F811
-    # The boxes, and their labels if there are: each label at its box.
-    labelled = [(s[0], LabeledBBox(s[1:3]) if len(s) > 2 else s[1]) for s in samples]
-    return show_batch(x, None, samples=labelled)
-
-
-@dispatch  # type: ignore[no-redef]
 def show_batch(x: object, y: object, *, samples: Samples) -> Figure:  # noqa: F811
     return _table([*["input"] * (len(samples[0]) - 1), "target"] if len(samples[0]) > 1 else ["input"], samples)
 
