@@ -143,10 +143,10 @@ class Learner:
 
     def _listen(self) -> None:
         # Found once, so that an event nobody listens to costs one look-up.
-        self._listeners = {
-            event: [getattr(c, event) for c in self.callbacks if getattr(type(c), event) is not getattr(Callback, event)]
-            for event in EVENTS
-        }
+        self._listeners = {event: [] for event in EVENTS}
+        for callback in self.callbacks:
+            for event in _overridden(type(callback)):  # type: ignore[arg-type]
+                self._listeners[event].append(getattr(callback, event))
 
     @contextlib.contextmanager
     def added_callbacks(self, *callbacks: Callback) -> Iterator[None]:
@@ -573,10 +573,16 @@ class Learner:
     @contextlib.contextmanager
     def validation_context(self, *callbacks: Callback) -> Iterator[None]:
         """With the model where it predicts, in float32, these callbacks as well, and nothing recorded or printed."""
-        self._to_device()
-        left_out = [c for c in self.callbacks if isinstance(c, Recorder | Progress | MixedPrecision)]
-        with self.removed_callbacks(*left_out), self.added_callbacks(*callbacks):
+        if next(self.model.parameters(), torch.empty(0)).device != self.device:  # to move all takes a while, also to nowhere
+            self._to_device()
+        before, listeners = self.callbacks, self._listeners
+        stay = [c for c in before if not isinstance(c, Recorder | Progress | MixedPrecision)]
+        self.callbacks = sorted([*stay, *callbacks], key=lambda c: c.order)
+        self._listen()
+        try:
             yield
+        finally:
+            self.callbacks, self._listeners = before, listeners
 
     @contextlib.contextmanager
     def loss_not_reduced(self) -> Iterator[None]:
@@ -631,6 +637,11 @@ def target_type(dls: DataLoaders) -> type[Tensor]:
         raise ValueError("the training data gives no batches, so the loss cannot be inferred from them")
     last = first[-1]
     return type(last) if isinstance(last, TensorBase) else Tensor
+
+
+@functools.cache
+def _overridden(kind: type[Callback]) -> tuple[str, ...]:
+    return tuple(event for event in EVENTS if getattr(kind, event) is not getattr(Callback, event))
 
 
 def _snake(name: str) -> str:

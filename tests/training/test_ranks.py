@@ -263,6 +263,13 @@ def stops_at_nan(rank: int, world: int) -> Results:
 # --- going on ------------------------------------------------------------------------------------------------------------
 
 
+def finds_rates(rank: int, world: int) -> Results:
+    learn = learner(rank, world)
+    before = found(learn)["weights"]
+    rates = learn.lr_find(num_it=30)
+    return found(learn, before=before, suggested=dict(rates.suggestions), losses=rates.losses.tolist())
+
+
 class KeepState(Callback):
     """Keeps the state after some batches of a training."""
 
@@ -301,7 +308,9 @@ def goes_on(rank: int, world: int) -> Results:
 
 
 def run_all(rank: int, world: int) -> dict[str, Any]:
-    results: dict[str, Any] = {job.__name__: job(rank, world) for job in (*SAME, half_precision, stops_at_nan, goes_on)}
+    results: dict[str, Any] = {
+        job.__name__: job(rank, world) for job in (*SAME, half_precision, finds_rates, stops_at_nan, goes_on)
+    }
     results["cancels"] = [cancelled(rank, world, *case) for case in CANCELS]
     return results
 
@@ -401,6 +410,15 @@ def test_what_one_rank_cancels_all_do(case: int, world: int, found_by: Any, alon
     if event not in LATER:
         assert_near(first["weights"], alone["cancels"][case]["weights"], atol=1e-5)
         assert len(first["history"]) == len(alone["cancels"][case]["history"])
+
+
+@each_world
+def test_ranks_find_the_rates_of_one_process(world: int, found_by: Any) -> None:
+    alone = finds_rates(0, 1)
+    for rank in found_by[world]:
+        assert rank["finds_rates"]["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        assert rank["finds_rates"]["suggested"] == pytest.approx(alone["suggested"])
+        assert_near(rank["finds_rates"]["weights"], rank["finds_rates"]["before"], atol=0)
 
 
 @each_world
