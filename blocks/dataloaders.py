@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from blocks.draws import sample_keys
-from blocks.encode import encode_sample
+from blocks.encode import decode_sample, encode_sample
 from blocks.feed import Batch, Feed
 from blocks.newitems import NewItems, only_inputs
 from blocks.plan import BatchSide, Encode, Plan, the_item
@@ -115,10 +115,7 @@ class DataLoaders:
         encode = self.encode
         if len(columns) == encode.n_input_columns < len(encode.layout):
             encode = only_inputs(encode)
-        return [
-            tuple(c.type_tfms.decode(value) for c, value in zip(encode.columns, encode.nested(sample), strict=True))
-            for sample in samples
-        ]
+        return [decode_sample(encode, sample) for sample in samples]
 
     def show_batch(self, n: int = 16, part: int = TRAIN) -> Any:
         """A matplotlib figure of the first `n` samples of a batch as the model sees them (`blocks.show.show_batch`)."""

@@ -52,6 +52,12 @@ def finish_sample(encode: Encode, values: Sequence[Any], key: torch.Tensor, spli
     return tuple(encode.flat(finished).values())
 
 
+def decode_sample(encode: Encode, values: Sequence[Any]) -> tuple[Any, ...]:
+    """One row of a batch as what it was before it was encoded, a value a block: points in pixels, a category by its name."""
+    decoded = encode.item_tfms.decode(encode.each_epoch.decode(encode.nested(values)))
+    return tuple(column.type_tfms.decode(value) for column, value in zip(encode.columns, decoded, strict=True))
+
+
 @dispatch
 def to_stored(value: object) -> Any:
     """What is stored of a value that is no tensor yet, where random item transforms follow: give its type a method."""

@@ -146,6 +146,7 @@ def test_the_usual_augmentation_of_a_training_batch(folder: Path) -> None:
     dls = data.dataloaders(folder, batch_size=9)
     (batch,) = dls.train
     moved, at = dls.batch_tfms(tuple(batch), split_idx=0, keys=batch.keys)
+    assert torch.equal(moved, dls.one_batch(part=0)[0])
     assert type(moved) is TensorImageBW
     whole = (as_plain(at).abs() < 0.5).all(dim=-1)[:, 0]
     assert whole.sum() > 2
@@ -172,3 +173,25 @@ def test_a_corrupt_mask_is_a_bad_row(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"05\.png: not a readable image"):
         data.dataloaders(folder)
     assert data.dataloaders(folder, max_bad_rows=1).train.n == ROWS - 4
+
+
+def test_decoded_and_shown(folder: Path) -> None:
+    """Points and boxes in pixels of the picture as the model sees it, without what only filled up the batch."""
+    data = block(ImageBlock(), BBoxBlock(), BBoxLblBlock(), get_y=[boxes_of, labels_of], n_inp=1, item_tfms=Resize(40))
+    dls = data.dataloaders(folder, batch_size=9)
+    batch = dls.one_batch(part=0)
+    files = [folder / i for i in batch.ids]
+    for (image, boxes, labels), file in zip(dls.decode_batch(batch), files, strict=True):
+        assert image.dtype == torch.uint8
+        left, top, right, bottom = box_of(file)
+        expected = [max(left - 10, 0), top, min(right - 10, 40), bottom]
+        assert labels == (["square"] if int(file.stem) % 2 else ["square", "twice"])
+        torch.testing.assert_close(as_plain(boxes), torch.tensor([expected] * len(labels)).float(), rtol=0, atol=1e-3)
+    (axis, *_) = dls.show_batch(n=2).axes
+    assert len(axis.patches) == len(axis.texts) > 0
+    masks = block(ImageBlock(), MaskBlock(), get_y=mask_of, item_tfms=Resize(32)).dataloaders(folder)
+    assert len(masks.show_batch(n=1).axes[0].images) == 2
+    points = block(ImageBlock(), PointBlock(), get_y=middle_of, item_tfms=Resize(40, method="squish")).dataloaders(folder)
+    (image, point), file = points.decode_batch(points.one_batch())[0], folder / points.one_batch().ids[0]
+    x, y = middle_of(file)
+    assert point[0].tolist() == pytest.approx([x * 40 / WIDTH, y], abs=1e-3)
