@@ -10,6 +10,7 @@ import torch
 from blocks.tensors import TensorImage, as_plain
 from training import distributed
 from training.callback import Callback
+from training.metrics import values_over_ranks
 from training.optimizer import set_rates
 from training.schedule import top_and_spread
 
@@ -96,7 +97,7 @@ class Recorder(Callback):
             self._step_losses.append(learn.loss)
             self.rates.append(group["lr"])
             self.momenta.append(group["betas"][0] if "betas" in group else group.get("mom", group.get("momentum", 0.0)))
-        else:
+        elif learn.rows:  # else it is a borrowed one
             for metric in learn.metrics:
                 metric.accumulate(learn.pred, as_plain(learn.yb[0]), learn.rows)
 
@@ -104,7 +105,7 @@ class Recorder(Callback):
         if self._step_losses:
             self.losses += torch.stack(self._step_losses).tolist()
             self._step_losses = []
-        (total,) = self._reduced([])
+        total = self._reduced()
         self._note("train/loss", total)
         seconds = time.perf_counter() - self._train_began
         self.values["time/train"] = seconds
@@ -112,11 +113,8 @@ class Recorder(Callback):
         self.values["hp/lr"] = learn.opt.param_groups[-1]["lr"]
 
     def after_validate(self, learn: "Learner") -> None:
-        loss, *totals = self._reduced([m.total for m in learn.metrics])
-        self._note("valid/loss", loss)
-        for metric, total in zip(learn.metrics, totals, strict=True):
-            if total[1] > 0:
-                self.values[f"valid/{metric.name}"] = metric.value(total)
+        self._note("valid/loss", self._reduced())
+        self.values |= {f"valid/{name}": value for name, value in values_over_ranks(learn.metrics).items()}
 
     def after_epoch(self, learn: "Learner") -> None:
         self.values["time/epoch"] = time.perf_counter() - self._began
@@ -167,11 +165,9 @@ class Recorder(Callback):
         self._count = torch.zeros_like(self._loss)
         self._rows = 0
 
-    def _reduced(self, totals: list[torch.Tensor]) -> list[torch.Tensor]:
-        # One collective for the loss and all metrics.
-        mine = torch.stack([self._loss.cpu(), self._count.cpu(), torch.tensor(self._rows, dtype=torch.float64)])
-        together = distributed.sum_over_ranks(torch.cat([mine, *totals]))
-        return list(together.split([3, *(len(t) for t in totals)]))
+    def _reduced(self) -> torch.Tensor:
+        rows = torch.tensor(self._rows, dtype=torch.float64)
+        return distributed.sum_over_ranks(torch.stack([self._loss.cpu(), self._count.cpu(), rows]))
 
     def _note(self, name: str, total: torch.Tensor) -> None:
         if total[1] > 0:

@@ -62,6 +62,15 @@ def begin_sum(x: Tensor) -> Any:
     return None
 
 
+def gather(value: Any) -> list[Any]:
+    """Each rank's `value`, plain data of any size, in the order of the ranks, on all of them. Every rank must call it."""
+    if not _together():
+        return [value]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def over_ranks(model: nn.Module) -> None:
     """Have the BatchNorm layers of `model` take the statistics of the global batch, until `alone_again`."""
     for module in model.modules():

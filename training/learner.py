@@ -40,7 +40,7 @@ from training.callback import (
 from training.callbacks import BatchTransforms, Progress, Recorder, ScheduledRates
 from training.composed import Optimizer
 from training.losses import loss_for
-from training.metrics import AvgMetric, MetricFunction, as_metric
+from training.metrics import Metric, MetricFunction, as_metric
 from training.mixed_precision import MixedPrecision
 from training.optimizer import Adam, OptimizerFunction, freeze_to, group_hyper, one_group, parameter_groups, set_group_hyper
 from training.schedule import MOMS, Moms, Phase, Schedule, flat, flat_cos, sgdr, total_epochs
@@ -70,7 +70,7 @@ class Learner:
     dls: `DataLoaders`, or any object whose `train` and `valid` are iterables of (input, ..., target) batches.
     loss_func: (pred, *targets) -> scalar mean over rows; inferred from the type of the target when the data has one.
     opt_func: parameter groups -> torch optimizer. splitter: model -> groups of parameters, first to last, for freezing
-    and for rates of their own. metrics: functions of (pred, target), or `AvgMetric`s.
+    and for rates of their own. metrics: functions of (pred, target), or `Metric`s.
     wd: weight decay, None: the optimizer's own; biases and normalisation have none unless `wd_bn_bias`.
     train_bn: normalisation layers of frozen groups train. moms: the momentum at the start, the middle and the end of a
     cycle. device: the GPU if there is one.
@@ -93,7 +93,7 @@ class Learner:
         lr: Rate = 1e-3,
         splitter: Splitter = one_group,
         callbacks: Iterable[Callback] = (),
-        metrics: MetricFunction | AvgMetric | Iterable[MetricFunction | AvgMetric] = (),
+        metrics: MetricFunction | Metric | Iterable[MetricFunction | Metric] = (),
         *,
         wd: float | None = None,
         wd_bn_bias: bool = False,
