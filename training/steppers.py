@@ -123,7 +123,7 @@ def larc_layer_lr(p: Tensor, grad: Tensor, lr: float, trust_coeff: float, wd: fl
     """The rate of a parameter by its norm and its gradient's (You et al., arXiv:1708.03888); at most `lr` if `clip`."""
     p_norm, grad_norm = torch.linalg.vector_norm(p), torch.linalg.vector_norm(grad)
     local = p_norm / (grad_norm + p_norm * wd + eps) * (lr * trust_coeff)
-    return (local / lr).clamp(max=1) * lr if clip else local
+    return local.clamp(max=lr) if clip else local
 
 
 def radam_adapts(adapts: float, step: float, sqr_mom: float) -> float:

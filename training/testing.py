@@ -1,6 +1,7 @@
-"""What every callback keeps to, as functions that test yours too: `check_callback(lambda: MyCallback(), tiny_learner)`.
+"""What every callback and every optimizer keeps to, as functions that test yours too.
 
-Each check makes fresh callbacks and fresh Learners; it raises AssertionError when the promise is broken.
+`check_callback(MyCallback, tiny_learner)`, `check_optimizer(MyOptimizer)`: each check makes fresh ones, and fresh Learners; it
+raises AssertionError when the promise is broken.
 """
 
 import contextlib
@@ -212,3 +213,118 @@ def _ways(learn: Learner) -> dict[str, Any]:
 
 
 _SCHEDULED = {"params", "lr", "mom", "betas", "momentum", "own_momentum"}  # what the schedule itself leaves set
+
+
+# --- optimizers ----------------------------------------------------------------------------------------------------------
+
+MakeOptimizer = Callable[..., torch.optim.Optimizer]  # of parameters or groups of them, and lr
+
+
+def check_optimizer(make: MakeOptimizer) -> None:
+    """All of the promises below: whatever torch's tools for optimizers ask of one."""
+    check_it_goes_downhill(make)
+    check_groups_and_schedulers(make)
+    check_frozen_parameters_are_untouched(make)
+    check_optimizer_state_round_trip(make)
+    check_grad_scaler(make)
+
+
+def _parameters() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(4)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 2), (4,), (1,))]
+
+
+def _give_gradients(parameters: list[nn.Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+def check_it_goes_downhill(make: MakeOptimizer) -> None:
+    """Steps with a closure return its loss and make it smaller."""
+    parameters = _parameters()
+    optimizer = make(parameters, lr=1e-2)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        total = sum((p - 1).square().sum() for p in parameters)
+        assert isinstance(total, Tensor)
+        total.backward()
+        return total
+
+    losses = [optimizer.step(loss).item() for _ in range(30)]  # type: ignore[attr-defined, arg-type]
+    assert losses[-1] < losses[0], f"the loss went from {losses[0]} to {losses[-1]}"
+
+
+def check_groups_and_schedulers(make: MakeOptimizer) -> None:
+    """Each group, added later too, has a rate of its own, which torch's schedulers change; at the rate 0 nothing moves."""
+    parameters = _parameters()
+    start = [p.detach().clone() for p in parameters]
+    optimizer = make([{"params": parameters[:1], "lr": 0.0}, {"params": parameters[1:2]}], lr=0.1)
+    optimizer.add_param_group({"params": parameters[2:], "lr": 0.2})
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    _give_gradients(parameters, 0)
+    optimizer.step()
+    assert [torch.equal(p, s) for p, s in zip(parameters, start, strict=True)] == [True, False, False]
+    scheduler.step()
+    assert [g["lr"] for g in optimizer.param_groups] == [0.0, 0.05, 0.1]
+
+
+def check_frozen_parameters_are_untouched(make: MakeOptimizer) -> None:
+    """A parameter without gradient keeps its value and gets no state; unfrozen, it steps as a new one."""
+    parameters, fresh = _parameters(), _parameters()
+    optimizer, other = make(parameters, lr=0.1), make(fresh, lr=0.1)
+    frozen = parameters[0].detach().clone()
+    for step in range(3):
+        _give_gradients(parameters, step)
+        parameters[0].requires_grad_(False)
+        parameters[0].grad = parameters[1].grad = None
+        optimizer.step()
+    assert torch.equal(parameters[0], frozen), "a parameter that needs no gradient has moved"
+    assert torch.equal(parameters[1], fresh[1]), "a parameter without gradient has moved"
+    assert not optimizer.state.get(parameters[0])
+    parameters[0].requires_grad_(True)
+    for ps, o in ((parameters, optimizer), (fresh, other)):
+        _give_gradients(ps, 9)
+        o.step()
+    assert torch.equal(parameters[0], fresh[0]), "an unfrozen parameter does not begin where a new one does"
+
+
+def check_optimizer_state_round_trip(make: MakeOptimizer) -> None:
+    """What `torch.load(weights_only=True)` reads of the state goes on with the same bits."""
+    parameters = _parameters()
+    optimizer = make(parameters, lr=0.1)
+    for step in range(7):
+        _give_gradients(parameters, step)
+        optimizer.step()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    copies = [nn.Parameter(p.detach().clone()) for p in parameters]
+    other = make(copies, lr=0.5)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for step in range(7, 14):
+        for ps, o in ((parameters, optimizer), (copies, other)):
+            _give_gradients(ps, step)
+            o.step()
+    assert all(torch.equal(p, q) for p, q in zip(parameters, copies, strict=True)), "the restored optimizer steps otherwise"
+
+
+def check_grad_scaler(make: MakeOptimizer) -> None:
+    """Torch's GradScaler steps with unscaled gradients, and not at all where they are not finite."""
+    parameters, plain = _parameters(), _parameters()
+    optimizer, other = make(parameters, lr=0.1), make(plain, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step, factor in enumerate((1.0, math.inf, 1.0)):
+        for ps, o in ((parameters, optimizer), (plain, other)):
+            o.zero_grad()
+            _give_gradients(ps, step)
+        if factor == 1.0:
+            other.step()
+        scale = scaler.scale(torch.tensor(1.0)).item()  # it halves after a step that was not finite
+        for p in parameters:
+            assert p.grad is not None
+            p.grad *= scale * factor
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(torch.equal(p, q) for p, q in zip(parameters, plain, strict=True))
