@@ -40,6 +40,10 @@ from .hooks import Hooks as Hooks
 from .hooks import hook_output as hook_output
 from .hooks import hook_outputs as hook_outputs
 from .hooks import output_sizes as output_sizes
+from .interpretation import ClassificationInterpretation as ClassificationInterpretation
+from .interpretation import Interpretation as Interpretation
+from .interpretation import RegressionInterpretation as RegressionInterpretation
+from .interpretation import SegmentationInterpretation as SegmentationInterpretation
 from .layers import AdaptiveConcatPool2d as AdaptiveConcatPool2d
 from .layers import ConvLayer as ConvLayer
 from .layers import Embedding as Embedding
