@@ -9,7 +9,8 @@ the shards of its lanes, a few at a time, and global batch k is the same set of 
 """
 
 import shutil
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Sequence
 from functools import cached_property, partial
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -84,8 +85,7 @@ class Lanes:
             if not places:
                 return None
             with lock:  # several threads may make batches
-                windows.open(places)
-                rows = np.array([windows.row(*place) for place in places])
+                rows = windows.rows(places)
                 located = shards.located(rows)
                 windows.leave()
             return Share(rows, rows, len(lanes), borrowed, located=located)
@@ -109,24 +109,21 @@ class _Windows:
         # Copies of what lies at a URL go where this node's disk would not hold them all.
         prepared = feed.prepared
         self.drops = prepared.url is not None and prepared.nbytes > shutil.disk_usage(prepared.folder).total / 2
-        self._cuts: dict[int, tuple[list[np.ndarray], np.ndarray]] = {}
+        self._cuts: dict[int, tuple[list[np.ndarray], list[int]]] = {}
         self._open: dict[tuple[int, int], np.ndarray] = {}  # of a lane's window: the positions of its rows in the store
         self._left: dict[tuple[int, int], int] = {}  # and how many of them are still to come
 
-    def open(self, places: Iterable[tuple[int, int]]) -> None:
-        """Open the windows in which some rows lie, given by lane and position in it."""
+    def rows(self, places: Sequence[tuple[int, int]]) -> np.ndarray:
+        """The positions in the store of some rows, given by lane and position in it; opens the windows they lie in."""
         found = [self._place(*place) for place in places]
         new = {window: place for window, place in reversed(found) if window not in self._open}
         self.shards.open(s for lane, number in new for s in self._cuts[lane][0][number].tolist())
         for (lane, number), place in new.items():
-            rows = self._rows(lane, number)
-            self._open[lane, number], self._left[lane, number] = rows, len(rows) - place
-
-    def row(self, lane: int, position: int) -> int:
-        """The position in the store of a lane's row, whose window is open."""
-        window, place = self._place(lane, position)
-        self._left[window] -= 1
-        return int(self._open[window][place])
+            self._open[lane, number] = self._rows(lane, number)
+            self._left[lane, number] = len(self._open[lane, number]) - place
+        for window, _ in found:
+            self._left[window] -= 1
+        return np.array([self._open[window][place] for window, place in found])
 
     def leave(self) -> None:
         """Release the shards of the windows of which each row was drawn."""
@@ -139,10 +136,10 @@ class _Windows:
         if lane not in self._cuts:
             self._cuts[lane] = self._cut(lane)
         starts = self._cuts[lane][1]
-        number = int(np.searchsorted(starts, position, side="right")) - 1
-        return (lane, number), position - int(starts[number])
+        number = bisect_right(starts, position) - 1
+        return (lane, number), position - starts[number]
 
-    def _cut(self, lane: int) -> tuple[list[np.ndarray], np.ndarray]:
+    def _cut(self, lane: int) -> tuple[list[np.ndarray], list[int]]:
         # The shards of each window, and how many rows the windows before it hold. First windows differ in size, so that the
         # lanes of a worker do not all open their next shards at the same time.
         own = np.arange(lane, len(self.counts), LANES)
@@ -150,7 +147,7 @@ class _Windows:
             own = order.generator(self.feed.seed, self.epoch, lane).permutation(own)
         first = 1 + lane // 2 % WINDOW
         cuts = [own[:first], *(own[start : start + WINDOW] for start in range(first, len(own), WINDOW))]
-        return cuts, np.cumsum([0, *(int(self.counts[cut].sum()) for cut in cuts)])
+        return cuts, np.cumsum([0, *(int(self.counts[cut].sum()) for cut in cuts)]).tolist()
 
     def _rows(self, lane: int, number: int) -> np.ndarray:
         shards = self._cuts[lane][0][number]
