@@ -7,7 +7,7 @@ once say so (`needs_all`). A function of the user's, from all items to two lists
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -36,6 +36,10 @@ class Splitter:
         """The part of each row, uint8 (rows,)."""
         raise NotImplementedError
 
+    def __repr__(self) -> str:
+        shown = [f"{f.name}={_short(getattr(self, f.name))}" for f in fields(self) if f.repr]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     def __call__(self, items: Sequence[Any]) -> tuple[list[int], list[int]]:
         """The positions of the items that train, and of those that validate. A text or a path is its own row id."""
         named = all(isinstance(item, str | PurePath) for item in items)
@@ -43,7 +47,14 @@ class Splitter:
         return np.flatnonzero(parts == TRAIN).tolist(), np.flatnonzero(parts == VALID).tolist()
 
 
-@dataclass(frozen=True)
+def _short(value: Any) -> str:
+    # For `explain()`: a function by its name, without its address; not every position.
+    if isinstance(value, tuple) and len(value) > 5:
+        return f"<{len(value)} values>"
+    return getattr(value, "__name__", None) or repr(value)
+
+
+@dataclass(frozen=True, repr=False)
 class SplitBy(Splitter):
     """A function from all items to two lists of positions, as in fastai; rows in neither list are left out."""
 
@@ -74,7 +85,7 @@ def as_splitter(splitter: Any) -> Splitter:
 # --- by chance ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RandomSplitter(Splitter):
     """A share `valid_pct` of the rows, drawn by a hash of (seed, row id), validates.
 
@@ -100,7 +111,7 @@ class RandomSplitter(Splitter):
         return _lowest_of_each(hashes, [self.stratify(item) for item in rows.each()], self.valid_pct)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainTestSplitter(Splitter):
     """Exactly the share `test_size` of the rows (or so many, when it is a whole number) validates; scikit-learn's words.
 
@@ -127,7 +138,7 @@ class TrainTestSplitter(Splitter):
         return _lowest_of_each(_hashes(rows.ids, self.random_state), classes, share)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RandomSubsetSplitter(Splitter):
     """The shares `train_sz` and `valid_sz` of the rows, drawn by a hash of (seed, row id); the rest is left out."""
 
@@ -190,7 +201,7 @@ def _lowest_of_each(hashes: np.ndarray, classes: Sequence[Any], share: float) ->
 # --- by position -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class IndexSplitter(Splitter):
     """The rows at the positions `valid_idx` validate."""
 
@@ -207,7 +218,7 @@ class IndexSplitter(Splitter):
         return np.isin(rows.positions, self.valid_idx).astype(np.uint8)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EndSplitter(Splitter):
     """The last share `valid_pct` of the rows validates, the first when `valid_last` is False: for what is in order of time."""
 
@@ -224,7 +235,7 @@ class EndSplitter(Splitter):
         return valid.astype(np.uint8)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MaskSplitter(Splitter):
     """The rows for which `mask` is true validate; it has one value a row."""
 
@@ -243,7 +254,7 @@ class MaskSplitter(Splitter):
 # --- by what the item is -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GrandparentSplitter(Splitter):
     """The folder above an item's folder says its part, as in train/cat/1.png; items of other folders are left out.
 
@@ -261,7 +272,7 @@ class GrandparentSplitter(Splitter):
         return np.fromiter((named.get(folder, LEFT_OUT) for folder in folders), np.uint8, len(rows))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FuncSplitter(Splitter):
     """The items for which `func` is true validate."""
 
@@ -271,7 +282,7 @@ class FuncSplitter(Splitter):
         return np.fromiter((bool(self.func(item)) for item in rows.each()), np.uint8, len(rows))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FileSplitter(Splitter):
     """The files whose names are listed in the text file `fname`, one a line, validate. It is read once, here."""
 
@@ -286,7 +297,7 @@ class FileSplitter(Splitter):
         return np.fromiter((path_of(item).name in self.names for item in rows.each()), np.uint8, len(rows))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ColSplitter(Splitter):
     """The rows whose column `col` is true validate; with `on`, those where it has that value, or one of those values."""
 

@@ -222,3 +222,17 @@ def test_a_function_of_the_users() -> None:
 def test_splitters_have_fingerprints() -> None:
     every = [*ROW_BY_ROW, *AT_ONCE, MaskSplitter([True]), GrandparentSplitter(), as_splitter(parent_label)]
     assert len({fingerprint(s) for s in every}) == len(every)
+
+
+@pytest.mark.parametrize(
+    ("splitter", "text"),
+    [
+        (RandomSplitter(0.3, stratify=parent_label), "RandomSplitter(valid_pct=0.3, seed=42, stratify=parent_label)"),
+        (IndexSplitter(range(9)), "IndexSplitter(valid_idx=<9 values>)"),
+        (IndexSplitter((1, 2)), "IndexSplitter(valid_idx=(1, 2))"),
+        (ColSplitter(on="a"), "ColSplitter(col='is_valid', on='a')"),
+        (FuncSplitter(len), "FuncSplitter(func=len)"),
+    ],
+)
+def test_splitters_print_short(splitter: Splitter, text: str) -> None:
+    assert repr(splitter) == text
