@@ -76,6 +76,7 @@ def export(learn: "Learner", path: str | Path, program: bool = False) -> Path:
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / (PROGRAM_FILE if program else WEIGHTS_FILE)).write_bytes(content)
+    (folder / (WEIGHTS_FILE if program else PROGRAM_FILE)).unlink(missing_ok=True)  # of an export before
     (folder / SPEC_FILE).write_text(text, encoding="utf-8")
     return folder
 

@@ -12,9 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import nn
 
 from blocks import (
@@ -24,14 +26,18 @@ from blocks import (
     FlipItem,
     ImageBlock,
     ItemGetter,
+    MaskBlock,
     MultiCategoryBlock,
     Pipeline,
+    PointBlock,
     RandomResizedCrop,
     RandomSplitter,
     RandTransform,
     RegressionBlock,
     Resize,
     TensorImage,
+    TensorMask,
+    TensorPoint,
     get_image_files,
     parent_label,
 )
@@ -430,6 +436,43 @@ def test_numbers(tmp_path: Path) -> None:
     learn = of_points(RegressionBlock(2), get_y=list, n_out=2)
     (two,) = load_predictor(learn.export(tmp_path / "two")).predict([(0.5, 0.25)])
     assert two.label == pytest.approx(learn.model(torch.tensor([0.5, 0.25])).tolist())
+
+
+def thresholded(file: Path) -> Any:
+    return (np.asarray(Image.open(file)) > 100).astype(np.uint8)
+
+
+def corner(file: Path) -> list[tuple[float, float]]:
+    return [(2.0, 6.0)]
+
+
+@model_builder
+def a_layer(*, n_out: int, pool: bool) -> nn.Module:
+    pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Unflatten(1, (-1, 2))] if pool else []
+    return nn.Sequential(nn.Conv2d(3, n_out, 1), *pooled)
+
+
+def test_masks_and_points(few_digits: Path, tmp_path: Path) -> None:
+    block = DataBlock(
+        blocks=(ImageBlock(), MaskBlock(("paper", "ink"))),
+        get_items=get_image_files,
+        get_y=thresholded,
+        splitter=RandomSplitter(0.25, seed=1),
+    )
+    learn = Learner(block.dataloaders(few_digits, batch_size=16), a_layer(n_out=2, pool=False), lr=0.3)
+    learn.fit(4)
+    file = get_image_files(few_digits)[0]
+    (mask,) = load_predictor(learn.export(tmp_path / "mask")).predict([file])
+    assert isinstance(mask.label, TensorMask)
+    assert mask.activations.shape == (2, 8, 8)
+    assert float((np.asarray(mask.label) == thresholded(file)).mean()) > 0.9
+    assert mask.probability is None
+
+    block = dataclasses.replace(block, blocks=(ImageBlock(), PointBlock()), get_y=corner)
+    learn = Learner(block.dataloaders(few_digits, batch_size=16), a_layer(n_out=2, pool=True))
+    (points,) = load_predictor(learn.export(tmp_path / "points")).predict([file])
+    assert isinstance(points.label, TensorPoint)
+    assert points.label.shape == (1, 2)
 
 
 def test_many_items_are_predicted_in_batches(exported: Path, learn: Learner, few_digits: Path) -> None:
