@@ -90,8 +90,9 @@ def _higher_is_better(learn: "Learner", monitor: str, given: bool | None) -> boo
 
 
 class SaveBest(ValueWatcher):
-    """Ends the training with the weights of its best epoch; fastai's SaveModelCallback.
+    """Ends the training with the weights of its best epoch, a cancelled one too; fastai's SaveModelCallback.
 
+    After an error the weights stay what they are, so that the run can be resumed.
     The best weights are kept in memory, so this works on any worker, and they are part of the callback's state.
     path: a file that they are written to as well, by rank 0, as `torch.save({"model": ..., "optimizer": ...})`.
     every_epoch: write each epoch's (or each n-th epoch's) weights to path with the epoch's number before the ending instead.
@@ -118,16 +119,19 @@ class SaveBest(ValueWatcher):
         self.path = None if path is None else Path(path)
         self.every_epoch, self.at_end, self.with_opt = int(every_epoch), at_end, with_opt
         self.kept: dict[str, Any] | None = None
+        self._ended = False
 
     def reset(self) -> None:
         super().reset()
         self.kept = None
 
     def before_fit(self, learn: "Learner") -> None:
+        self._ended = False
         if not self.every_epoch and not self.at_end:
             super().before_fit(learn)
 
     def after_epoch(self, learn: "Learner") -> None:
+        self._ended = learn.epoch + 1 == learn.n_epoch
         if self.every_epoch:
             if learn.epoch % self.every_epoch == 0:
                 assert self.path is not None
@@ -137,7 +141,12 @@ class SaveBest(ValueWatcher):
             if self.path is not None:
                 self._write(self.path, self.kept)
 
+    def after_cancel_fit(self, learn: "Learner") -> None:
+        self._ended = True
+
     def after_fit(self, learn: "Learner") -> None:
+        if not self._ended:
+            return
         if self.at_end:
             assert self.path is not None
             self._write(self.path, self._state_of(learn))

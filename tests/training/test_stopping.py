@@ -1,5 +1,6 @@
 """Keeping the best, stopping early, lowering the rate: by recorded values that a test can dictate."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from training import (
     Callback,
+    CancelFitException,
     EarlyStopping,
     Learner,
     ReduceLROnPlateau,
@@ -62,6 +64,25 @@ def test_the_training_ends_with_the_weights_of_the_best_epoch(name: str, values:
     learn.fit(4)
     assert same(dict(learn.model.state_dict()), weights.after[best])
     assert not same(weights.after[best], weights.after[3 - best])
+
+
+def test_after_an_error_the_weights_stay_and_after_a_cancel_the_best_come_back() -> None:
+    class Stops(Callback):
+        order = 90
+
+        def __init__(self, error: type[Exception]):
+            self.error = error
+
+        def after_epoch(self, learn: Learner) -> None:
+            if learn.epoch == 2:
+                raise self.error
+
+    for error, kept in ((ZeroDivisionError, 2), (CancelFitException, 0)):
+        weights = Weights()
+        learn = tiny_learner(Dictated("valid/loss", [1.0, 2.0, 3.0]), weights, SaveBest(), Stops(error))
+        with contextlib.suppress(ZeroDivisionError):
+            learn.fit(5)
+        assert same(dict(learn.model.state_dict()), weights.after[kept])
 
 
 def test_min_delta_is_a_gain_that_does_not_count() -> None:
