@@ -35,7 +35,7 @@ def _file_of(column: Column, value: Any) -> bytes:
         content = value if isinstance(value, bytes) else read_bytes(value)
     except OSError as error:
         raise UnreadableRow(f"not a readable file: {error}") from error
-    column.type_tfms(content)  # what cannot be opened is to be found now, not in the middle of an epoch
+    to_stored(column.type_tfms(content))  # what cannot be decoded is to be found now, not in the middle of an epoch
     return content
 
 

@@ -1,6 +1,8 @@
 """Pictures and masks from files: opened upright, in the mode that is wanted, and made tensors of bytes."""
 
+import contextlib
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -8,6 +10,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.ExifTags import Base
+from PIL.JpegImagePlugin import JpegImageFile
 
 from blocks.encode import from_stored, to_stored
 from blocks.errors import UnreadableRow
@@ -15,6 +19,8 @@ from blocks.files import read_bytes
 from blocks.storage import is_url
 from blocks.tensors import TensorImage, TensorImageBW, TensorMask, as_plain
 from blocks.transform import Transform, dispatch
+
+ORIENTATION = Base.Orientation.value
 
 
 class PILImage(Image.Image):
@@ -28,13 +34,8 @@ class PILImage(Image.Image):
 
         UnreadableRow when the file is missing, empty, truncated or no picture.
         """
-        try:
-            with _opened(source) as image:
-                converted = cls.converted(ImageOps.exif_transpose(image))
-        # A damaged PNG raises SyntaxError, a truncated file OSError, an absurd size DecompressionBombError.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UnreadableRow(f"not a readable image: {error}") from error
-        return cls.of(converted)
+        with _reading(), _opened(source) as image:
+            return cls.of(cls.converted(ImageOps.exif_transpose(image)))
 
     @classmethod
     def converted(cls, image: Image.Image) -> Image.Image:
@@ -78,6 +79,50 @@ class PILMask(PILImage):
         return Image.fromarray(numbers.astype(np.uint8))
 
 
+class EncodedJpeg(PILImage, JpegImageFile):
+    """A colour JPEG that is decoded when its pixels are first asked for: `reduced` decodes a smaller picture in less time."""
+
+    retained: ClassVar[type[PILImage]] = PILImage  # what is made of it is decoded
+    encoded: bytes
+
+    @classmethod
+    def of(cls, image: Image.Image) -> Any:
+        """What was made of such a picture, as a picture."""
+        return image if isinstance(image, cls) else PILImage.of(image)
+
+    @classmethod
+    def opened(cls, encoded: bytes) -> Self | None:
+        """The picture of some bytes; None when they are something else, or have to be turned or converted first."""
+        image = Image.open(io.BytesIO(encoded))
+        if type(image) is not JpegImageFile or image.mode != cls.mode_wanted or image.getexif().get(ORIENTATION, 1) != 1:
+            return None
+        image.__class__ = cls
+        image.encoded = encoded  # type: ignore[attr-defined]
+        return image  # type: ignore[return-value]
+
+    def load(self) -> Any:
+        with _reading():
+            return super().load()
+
+    def reduced(self, at_least: tuple[float, float]) -> tuple[PILImage, int]:
+        """The picture at 1/n of its size, n = 1, 2, 4 or 8, the smallest that has `at_least` = (height, width); and n."""
+        by = next(n for n in (8, 4, 2, 1) if n == 1 or (self.height >= n * at_least[0] and self.width >= n * at_least[1]))
+        small = self.opened(self.encoded) if by > 1 else None
+        if small is None:
+            return self, 1
+        small.draft(self.mode, (self.width // by, self.height // by))
+        return small, by
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    # A damaged PNG raises SyntaxError, a truncated file OSError, an absurd size DecompressionBombError.
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadableRow(f"not a readable image: {error}") from error
+
+
 def _opened(source: Any) -> Image.Image:
     match source:
         case Image.Image():
@@ -104,14 +149,27 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 @dataclass
 class OpenImage(Transform):
-    """A path, bytes or array becomes a `PILImage` (or, with mode "L", a `PILImageBW`)."""
+    """A path, bytes or array becomes a `PILImage` (or, with mode "L", a `PILImageBW`).
+
+    A JPEG in colour is decoded only when its pixels are asked for, so that one that is damaged is found out then.
+    """
 
     mode: str = "RGB"
 
     opens_file: ClassVar[bool] = True
 
     def encodes(self, x: object) -> Any:
-        return (PILImageBW if self.mode == "L" else PILImage).create(x)
+        if self.mode == "L":
+            return PILImageBW.create(x)
+        if isinstance(x, str | Path):
+            with _reading():
+                x = read_bytes(x)
+        if isinstance(x, bytes):
+            with _reading():
+                jpeg = EncodedJpeg.opened(x)
+            if jpeg is not None:
+                return jpeg
+        return PILImage.create(x)
 
 
 @dataclass

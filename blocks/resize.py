@@ -9,14 +9,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 
 from blocks.affine import PAD_MODES, checked_crop, height_and_width, middle_crop, random_crops
 from blocks.draws import bernoulli, randint, stream_of, uniform
-from blocks.images import PILImage, PILMask, ToTensor, as_picture
+from blocks.images import EncodedJpeg, PILImage, PILMask, ToTensor, as_picture
 from blocks.tensors import TensorBBox, TensorImage, TensorMask, TensorPoint, as_plain
 from blocks.transform import ItemTransform, RandTransform, dispatch
 
+GAP = 2.0  # a picture is first made smaller cheaply, but stays at least so many times as large as it has to become
 METHODS = ("crop", "pad", "squish")
 _NUMPY_MODE = {"reflection": "reflect", "border": "edge", "zeros": "constant"}
 
@@ -48,10 +50,12 @@ def look(x: Image.Image, view: View) -> Image.Image:  # noqa: F811
     if (left, top, right, bottom) == (0, 0, width, height) == (0, 0, *x.size):
         return x
     if isinstance(x, PILMask):
-        seen = x.resize((width, height), Image.Resampling.NEAREST, box=view.box)
-    else:
-        # The gap lets PIL skim over most pixels of a picture that gets far smaller; hardly a value changes by it.
-        seen = x.resize((width, height), Image.Resampling.BILINEAR, box=view.box, reducing_gap=2.0)
+        return PILMask.of(x.resize((width, height), Image.Resampling.NEAREST, box=view.box))
+    if isinstance(x, EncodedJpeg):
+        by = GAP * max(width / (right - left), height / (bottom - top))
+        x, n = x.reduced((x.height * by, x.width * by))
+        left, top, right, bottom = left / n, top / n, min(right / n, x.width), min(bottom / n, x.height)
+    seen = _scaled(x, (left, top, right, bottom), height, width)
     return type(x).of(seen) if isinstance(x, PILImage) else seen
 
 
@@ -72,6 +76,15 @@ def look(x: TensorPoint, view: View) -> TensorPoint:  # noqa: F811
 def look(x: TensorBBox, view: View) -> TensorBBox:  # noqa: F811
     corners = as_plain(x).reshape(-1, 2).as_subclass(TensorPoint)
     return as_plain(look(corners, view)).view(-1, 4).as_subclass(type(x))
+
+
+def _scaled(x: Image.Image, box: tuple[float, float, float, float], height: int, width: int) -> Image.Image:
+    if x.mode not in ("RGB", "L") or any(edge != int(edge) for edge in box):
+        return x.resize((width, height), Image.Resampling.BILINEAR, box=box, reducing_gap=GAP)
+    # The same sums as PIL's in a third of the time: torch does them for several pixels at once.
+    pixels = torch.from_numpy(np.array(x.crop(box))).view(1, int(box[3] - box[1]), int(box[2] - box[0]), -1)
+    seen = F.interpolate(pixels.permute(0, 3, 1, 2), (height, width), mode="bilinear", antialias=True)
+    return Image.fromarray(seen[0].permute(1, 2, 0).squeeze(-1).numpy())
 
 
 def _padded(x: Image.Image, view: View) -> Image.Image:
@@ -151,8 +164,9 @@ class Resize(_Sized):
                 fitting = (max(1, round(height * by)), max(1, round(width * by)))
                 return View((0, 0, width, height), fitting), _middle_view(fitting, size, self.pad_mode)
         by = max(size[0] / height, size[1] / width)
-        w, h = min(width, size[1] / by), min(height, size[0] / by)
-        return (View(((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2), size),)
+        w, h = min(width, max(1, round(size[1] / by))), min(height, max(1, round(size[0] / by)))
+        left, top = (width - w) // 2, (height - h) // 2
+        return (View((left, top, left + w, top + h), size),)
 
 
 @dataclass

@@ -66,7 +66,10 @@ def typed_column(name: str, values: Sequence[Any]) -> tuple[pa.Field, pa.Array]:
             f"the column {name!r} ends up as {type(stray).__name__}, not as a tensor: give its block a transform that makes "
             "one, or use a block such as ImageBlock() or CategoryBlock()"
         )
-    ragged = getattr(type(first), "ragged", None)
+    kind = type(first)
+    values = [v.as_subclass(torch.Tensor) for v in values]  # to ask a typed tensor for its shape costs microseconds
+    first = values[0]
+    ragged = getattr(kind, "ragged", None)
     if ragged is None:
         ragged = any(v.shape != first.shape or v.shape[:1] == (0,) for v in values)
     start = 1 if ragged else 0  # of the dimensions that must be equal
@@ -75,14 +78,14 @@ def typed_column(name: str, values: Sequence[Any]) -> tuple[pa.Field, pa.Array]:
         raise DataError(f"column {name!r} holds {described(first)} and {described(odd)}: {SAME_SIZE}")
     arrays = [_numpy(name, v) for v in values]
     if not ragged:
-        return fixed_column(name, np.stack(arrays), type(first))
+        return fixed_column(name, np.stack(arrays), kind)
     tail = tuple(first.shape[1:])
     if 0 in tail:
         raise DataError(f"column {name!r} holds {described(first)}: beyond the first, each dimension must be at least 1")
     offsets = np.cumsum([0, *(a.size for a in arrays)], dtype=np.int64)
     flat = np.concatenate([a.reshape(-1) for a in arrays])
     column = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(_storable(flat)))
-    return _field(name, column.type, type(first).__name__, "ragged", flat.dtype.name, tail), column
+    return _field(name, column.type, kind.__name__, "ragged", flat.dtype.name, tail), column
 
 
 def fixed_column(name: str, array: np.ndarray, kind: type[torch.Tensor]) -> tuple[pa.Field, pa.Array]:

@@ -208,8 +208,11 @@ def _dispatched(cls: type[Transform], name: str) -> plum.Function:
 
 
 def retain_type(new: Any, old: Any) -> Any:
-    """`new` as the class of `old` where it lost that class on the way (a result of class Tensor from a TensorImage)."""
-    kind = type(old)
+    """`new` as the class of `old` where it lost that class on the way (a result of class Tensor from a TensorImage).
+
+    A class may name another one, `retained`, for what is made of its values.
+    """
+    kind = getattr(type(old), "retained", type(old))
     if type(new) is kind or not issubclass(kind, type(new)) or type(new) is object:
         return new
     if isinstance(new, torch.Tensor):

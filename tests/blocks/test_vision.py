@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from blocks import (
     TensorImageBW,
     TensorMask,
     ToTensor,
+    Transform,
     UnreadableRow,
 )
+from blocks.images import EncodedJpeg
 from blocks.pixels import PixelMoments
 from blocks.tensors import as_plain
 
@@ -255,6 +258,62 @@ def test_damaged_files(name: str, tmp_path: Path) -> None:
         PILImage.create(file)
     with pytest.raises(UnreadableRow, match="not a readable image"):
         PILImage.create(damaged()[name])
+    with pytest.raises(UnreadableRow, match="not a readable image"):
+        ToTensor()(OpenImage()(file))
+
+
+def photo(height: int, width: int) -> Image.Image:
+    """Light that changes slowly, an edge, and some noise."""
+    rng = np.random.default_rng(0)
+    light = Image.fromarray(rng.integers(30, 220, (5, 6, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    pixels = np.array(light).astype(int)
+    pixels[height // 3 : height // 2, width // 4 : width // 2] = 255
+    return Image.fromarray((pixels + rng.normal(0, 6, pixels.shape)).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(("height", "width", "n"), [(600, 800, 2), (1203, 1601, 4), (240, 320, 1), (2400, 3200, 8)])
+def test_a_jpeg_is_decoded_no_larger_than_it_has_to_be(height: int, width: int, n: int) -> None:
+    data = encoded(photo(height, width), "JPEG", quality=95)
+    opened = OpenImage()(data)
+    assert isinstance(opened, EncodedJpeg)
+    assert opened.reduced((2 * 128 * height / min(height, width),) * 2)[1] == n
+    quick = np.asarray(Resize(128)(opened)).astype(int)
+    slow = np.asarray(Resize(128)(PILImage.create(data))).astype(int)
+    assert opened.size == (width, height)  # as it was
+    assert np.abs(quick - slow).mean() < 1
+    assert np.percentile(np.abs(quick - slow), 99) <= 4
+
+
+def test_what_is_made_of_an_encoded_jpeg_is_a_picture() -> None:
+    @dataclass
+    class Turn(Transform):
+        def encodes(self, x: PILImage) -> Image.Image:
+            return x.rotate(90)
+
+    opened = OpenImage()(encoded(photo(60, 80), "JPEG"))
+    for made in (Turn()(opened), Resize(16)(opened), Resize((60, 80))(Turn()(opened)), opened.copy()):
+        assert type(made) in (PILImage, Image.Image)
+        assert np.asarray(made).std() > 1
+    assert np.array_equal(np.asarray(Resize((60, 80))(opened)), np.asarray(opened))
+
+
+@pytest.mark.parametrize("kind", ["grey", "cmyk", "turned"])
+def test_jpegs_that_need_more_than_decoding_are_opened_at_once(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6 if kind == "turned" else 1
+    image = photo(30, 40).convert({"grey": "L", "cmyk": "CMYK", "turned": "RGB"}[kind])
+    opened = OpenImage()(encoded(image, "JPEG", exif=exif))
+    assert type(opened) is PILImage
+    assert opened.mode == "RGB"
+    assert opened.size == ((30, 40) if kind == "turned" else (40, 30))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("size", [(20, 30), (100, 130), (7, 7)])
+def test_pixels_are_scaled_as_pil_scales_them(mode: str, size: tuple[int, int]) -> None:
+    image = photo(60, 80).convert(mode)
+    ours = np.asarray(Resize(size, method="squish")(image)).astype(int)
+    assert np.abs(ours - np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR)).astype(int)).max() <= 1
 
 
 def test_missing_file(tmp_path: Path) -> None:
