@@ -17,6 +17,8 @@ from .category import OneHotEncode as OneHotEncode
 from .datablock import DataBlock as DataBlock
 from .datablock import TransformBlock as TransformBlock
 from .dataloaders import DataLoaders as DataLoaders
+from .datasets import Dataset as Dataset
+from .datasets import Datasets as Datasets
 from .download import get_data as get_data
 from .errors import DataError as DataError
 from .errors import UnreadableRow as UnreadableRow
@@ -77,6 +79,8 @@ from .splits import RandomSubsetSplitter as RandomSubsetSplitter
 from .splits import Splitter as Splitter
 from .splits import TrainTestSplitter as TrainTestSplitter
 from .streams import Streams as Streams
+from .summaries import Moments as Moments
+from .summaries import Quantiles as Quantiles
 from .tensors import LabeledBBox as LabeledBBox
 from .tensors import TensorBase as TensorBase
 from .tensors import TensorBBox as TensorBBox

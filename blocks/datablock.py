@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from blocks.errors import DataError
+from blocks.items import ItemGetter
 from blocks.plan import BatchSide, Column, Encode, Fit, Plan, Read, Split, empty_part, the_item
 from blocks.rows import Rows
 from blocks.sources import Source, SourceItems, source_of
@@ -16,6 +17,7 @@ from blocks.transform import FunctionTransform, Pipeline, RandTransform, Transfo
 
 if TYPE_CHECKING:
     from blocks.dataloaders import DataLoaders
+    from blocks.datasets import Datasets
 
 SPLIT_ROWS = 65_536  # at a time
 
@@ -100,6 +102,9 @@ class DataBlock:
             )
         parts = _parts(as_splitter(self.splitter), found)
         columns, item_tfms = self._columns(), _item_side(self)
+        unfitted = next((t for t in item_tfms.transforms if t.summary is not None and not t.fitted), None)
+        if unfitted is not None:
+            raise ValueError(f"{unfitted} learns from the data, so it belongs to a block's type_tfms, or to batch_tfms")
         once, each_epoch = _sides(item_tfms)
         if each_epoch.transforms and not any(t.fixes_size for t in once.transforms):
             # Pictures of any size: the files are much smaller than their pixels.
@@ -121,18 +126,68 @@ class DataBlock:
             ),
         )
 
+    @classmethod
+    def from_columns(
+        cls,
+        blocks: Sequence[TransformBlock],
+        *,
+        get_items: Callable[[Any], Sequence[Sequence[Any]]] | None = None,
+        getters: Sequence[Getter] | None = None,
+        **settings: Any,
+    ) -> "DataBlock":
+        """A DataBlock whose source, or what `get_items` makes of it, is one sequence of values for each block."""
+        if getters is None:
+            getters = [ItemGetter(i) for i in range(len(blocks))]
+        return cls(blocks, get_items=Zipped(get_items), getters=getters, **settings)
+
+    def new(self, **changes: Any) -> "DataBlock":
+        """The same DataBlock with some things changed: `block.new(item_tfms=Resize(224))`."""
+        return replace(self, **changes)
+
+    def datasets(self, source: Any) -> "Datasets":
+        """The training and validation samples of `source` one by one, encoded when asked for, nothing stored."""
+        from blocks.datasets import Datasets
+
+        return Datasets.of(self.plan(source))
+
+    def summary(self, source: Any) -> None:
+        """Print what each step makes of one sample of `source`, then of a batch of a few.
+
+        DataError at a step that fails: which transform, which item, which error.
+        """
+        from blocks.summary import summary_lines
+
+        for line in summary_lines(self, source):
+            print(line)
+
     def dataloaders(
         self, source: Any, *, batch_size: int = 64, seed: int = 0, max_bad_rows: int = 0, cache: str = "disk"
     ) -> "DataLoaders":
         """Prepare `source` in this process, without Ray, and feed it: `cluster.dataloaders` does the same on a cluster.
 
-        cache: "disk", "memory" (a tmpfs folder) or "off" (gone after the run).
+        seed: of the order of the training rows and of random transforms. max_bad_rows: so many unreadable rows are left out,
+        more are an error. cache: where prepared data is kept, "disk", "memory", or "off" until this process ends.
         """
         from blocks.dataloaders import dataloaders_of
         from blocks.prepare import prepare
 
         plan = self.plan(source)
-        return dataloaders_of(plan, prepare(plan, max_bad_rows=max_bad_rows, cache=cache), batch_size=batch_size, seed=seed)
+        prepared = prepare(plan, max_bad_rows=max_bad_rows, cache=cache)
+        return dataloaders_of(plan, prepared, batch_size=batch_size, seed=seed)
+
+
+@dataclass(frozen=True)
+class Zipped:
+    """Columns as items: a tuple a row."""
+
+    columns: Callable[[Any], Sequence[Sequence[Any]]] | None
+
+    def __call__(self, source: Any) -> list[tuple[Any, ...]]:
+        columns = source if self.columns is None else self.columns(source)
+        try:
+            return list(zip(*columns, strict=True))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"the columns must be sequences of one length, one a block: {error}") from error
 
 
 def _names(kind: str, n: int) -> list[str]:
@@ -192,7 +247,8 @@ def _fits(column: Column) -> list[Fit]:
 def _parts(splitter: Splitter, source: Source) -> np.ndarray | None:
     # A table is split in the tasks that read it, but for splitters that must see all rows at once.
     if splitter.needs_all:
-        ids = pa.concat_arrays(rows.ids for rows in _blocks(source))
+        named = source.kind == "files"
+        ids = pa.concat_arrays(rows.ids for rows in _blocks(source)) if named else pa.array(np.arange(source.rows))
         parts = splitter.parts(Rows(ids, SourceItems(source), 0, source.rows))
     elif source.kind == "rows":
         return None

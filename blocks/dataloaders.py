@@ -10,6 +10,7 @@ import torch
 from blocks.draws import sample_keys
 from blocks.encode import decode_sample, encode_sample
 from blocks.feed import Batch, Feed
+from blocks.fit import fitted_batch_side
 from blocks.newitems import NewItems, only_inputs
 from blocks.plan import BatchSide, Encode, Plan, the_item
 from blocks.prepared import Prepared
@@ -156,7 +157,7 @@ def dataloaders_of(plan: Plan, prepared: Prepared, *, batch_size: int, seed: int
     dls = DataLoaders(
         train=Feed(prepared, TRAIN, batch_size, shuffle=True, seed=seed, lanes=lanes),
         valid=Feed(prepared, VALID, batch_size, shuffle=False, lanes=lanes),
-        batch_tfms=plan.batch_tfms,
+        batch_tfms=fitted_batch_side(plan, prepared),
         n_inp=prepared.encode.n_input_columns,
         encode=prepared.encode,
         prepared=prepared,

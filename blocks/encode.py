@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,11 @@ def encode_sample(encode: Encode, row_id: Any, item: Any, part: int = VALID) -> 
 
 
 def _file_of(column: Column, value: Any) -> bytes:
+    if not isinstance(value, str | Path | bytes):
+        raise DataError(
+            f"the item transforms give a random size to what {column.name!r} opens, so its file is stored, but the getter "
+            f"gives {type(value).__name__}, not a path, a URL or the file's bytes. Add Resize(size) before them"
+        )
     try:
         content = value if isinstance(value, bytes) else read_bytes(value)
     except OSError as error:
@@ -83,6 +89,10 @@ def column_values(column: Column, rows: Rows, transforms: Sequence[Transform]) -
     values = read(rows.table)
     if isinstance(values, pa.ChunkedArray):
         values = values.combine_chunks()
+    if isinstance(
+        values.type, pa.BaseExtensionType
+    ):  # Ray Data's own, of pickled objects or arrays: Arrow has no function for it
+        return None
     for t in transforms:
         values = t.encodes_column(values)  # type: ignore[attr-defined]
     return values

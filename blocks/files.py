@@ -12,7 +12,7 @@ import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from blocks.errors import DataError
-from blocks.storage import filesystem, is_url
+from blocks.storage import filesystem, is_url, shown
 
 BUCKETS = ("s3", "gs", "gcs")
 
@@ -34,7 +34,7 @@ def _bucket(url: str) -> FileSystem:
 
 
 def under(root: str | Path, path: str) -> str:
-    """The URL or path of a file that `list_files` found below `root`, by its path relative to it."""
+    """The URL or path of what lies below `root` at `path`."""
     if not is_url(str(root)):
         return str(Path(root, path))
     base, mark, query = str(root).partition("?")
@@ -47,7 +47,7 @@ def list_files(root: str | Path, recursive: bool = True) -> list[tuple[str, int,
     try:
         found = filesystem.get_file_info(FileSelector(path, recursive=recursive))
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{str(root)!r} cannot be listed: {error}") from error
+        raise DataError(f"{named(root)} cannot be listed: {error}") from error
     files = (f for f in found if f.type == FileType.File)
     return sorted((str(PurePosixPath(f.path).relative_to(path)), f.size or 0, f.mtime_ns or 0) for f in files)
 
@@ -60,9 +60,14 @@ def describe_files(files: Sequence[str]) -> list[tuple[int, int]]:
         with reading(file):
             info = filesystem.get_file_info(path)
         if info.type != FileType.File:
-            raise DataError(f"there is no file {file!r}: check the path")
+            raise DataError(f"there is no file {named(file)}: check the path")
         described.append((info.size or 0, info.mtime_ns or 0))
     return described
+
+
+def named(file: str | Path) -> str:
+    """A path or URL for an error message, without the keys that a URL may carry."""
+    return repr(shown(str(file)) if is_url(str(file)) else str(file))
 
 
 def read_bytes(file: str | Path) -> bytes:
@@ -80,7 +85,7 @@ def reading(file: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException, EOFError) as error:
-        raise DataError(f"{file!r} cannot be read: {error}") from error
+        raise DataError(f"{named(file)} cannot be read: {error}") from error
 
 
 def stat_of(item: Any, longest: int = 4096) -> tuple[int, int]:

@@ -14,12 +14,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from blocks.encode import column_values, naming
-from blocks.errors import UnreadableRow
+from blocks.draws import sample_keys
+from blocks.encode import column_values, finish_sample, naming
+from blocks.errors import DataError, UnreadableRow
+from blocks.fingerprint import fingerprint
+from blocks.gather import Shard, stored_sample
 from blocks.plan import Encode, Fit, Plan, Work
+from blocks.prepared import Prepared
 from blocks.rows import Rows
 from blocks.splits import TRAIN, VALID
-from blocks.transform import ColumnSummary, Pipeline
+from blocks.storage import put
+from blocks.transform import ColumnSummary, Pipeline, Transform, applies, transform_from_plain
 
 MapWork = Callable[[Callable[[Any], pa.Table], Sequence[Any]], Iterable[pa.Table]]
 
@@ -109,3 +114,39 @@ def _observe_rows(encode: Encode, one: Fit, rows: Rows, parts: np.ndarray, summa
         # What cannot be read is counted when it is encoded.
         with contextlib.suppress(UnreadableRow), naming(row_id, column.name):
             summaries[part].observe(make(column.getter(item)), row_id)
+
+
+# --- the batch side ----------------------------------------------------------------------------------------------------
+
+
+def fitted_batch_side(plan: Plan, prepared: Prepared) -> Pipeline:
+    """The batch transforms, those with something to learn from the data fitted on the stored rows of the training part.
+
+    What one learned is kept beside the shards, so that it is learned once. A transform observes the columns whose type one
+    of its `encodes` is written for.
+    """
+    return Pipeline(tuple(t if t.summary is None or t.fitted else _fitted(t, prepared) for t in plan.batch_tfms.transforms))
+
+
+def _fitted(t: Transform, prepared: Prepared) -> Transform:
+    kept = prepared.folder / f"fitted-{fingerprint(t)}.json"
+    if kept.exists():
+        return transform_from_plain(json.loads(kept.read_text()))
+    assert t.summary is not None
+    fresh, summaries = replace(t), {part: t.summary() for part in (TRAIN, VALID)}
+    for shard in (Shard(prepared.table(number)) for number in range(len(prepared.index["shards"]))):
+        for row in np.flatnonzero(shard.part == TRAIN).tolist():
+            for value in _drawn_once(prepared.encode, shard, row):
+                if applies(t, value):
+                    summaries[TRAIN].observe(value, shard.id(row))
+    fresh.setups(summaries[TRAIN], summaries[VALID])
+    if not fresh.fitted:
+        raise DataError(f"{type(t).__name__} finds nothing to learn from: no column of the data is of a type that it takes")
+    put(prepared.folder, kept.name, json.dumps(fresh.to_plain()).encode())
+    return fresh
+
+
+def _drawn_once(encode: Encode, shard: Shard, row: int) -> tuple[Any, ...]:
+    # The columns of a row as a batch would hold them in one epoch.
+    values = stored_sample(shard, row)
+    return finish_sample(encode, values, sample_keys(0, 0, np.array([row])), TRAIN) if encode.each_epoch.transforms else values

@@ -45,13 +45,14 @@ class Rows:
     items: Sequence[Any] | pa.Table
     first: int = 0
     total: int | None = None
+    chosen: np.ndarray | None = None  # the positions, once `where` has left some out
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def positions(self) -> np.ndarray:
-        return np.arange(self.first, self.first + len(self))
+        return np.arange(self.first, self.first + len(self)) if self.chosen is None else self.chosen
 
     @property
     def table(self) -> pa.Table | None:
@@ -74,11 +75,12 @@ class Rows:
         """The rows for which `mask` is true, no longer consecutive."""
         if mask.all():
             return self
-        chosen = pa.array(mask)
+        taken = pa.array(mask)
         if isinstance(self.items, pa.Table):
-            return replace(self, ids=self.ids.filter(chosen), items=self.items.filter(chosen))
-        items = [item for item, take in zip(self.items, mask, strict=True) if take]
-        return replace(self, ids=self.ids.filter(chosen), items=items)
+            items: Any = self.items.filter(taken)
+        else:
+            items = [item for item, take in zip(self.items, mask, strict=True) if take]
+        return replace(self, ids=self.ids.filter(taken), items=items, chosen=self.positions[mask])
 
 
 def _rows_of(table: pa.Table) -> Iterator[Row]:

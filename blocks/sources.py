@@ -9,6 +9,7 @@ So what the driver needs does not grow with the rows of a table.
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,9 +19,9 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from blocks.errors import DataError
-from blocks.files import describe_files, filesystem_of, list_files, reading, stat_of, under
+from blocks.files import describe_files, filesystem_of, list_files, named, reading, stat_of, under
 from blocks.rows import Rows
-from blocks.storage import is_url
+from blocks.storage import is_url, shown
 
 TABLE_ENDINGS = (".parquet", ".csv", ".tsv")
 RANGE_BYTES = 4_000_000  # of CSV
@@ -77,11 +78,15 @@ class SourceItems(Sequence[Any]):
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
         position = range(len(self))[i]
-        piece = next(p for p in self.source.pieces(1) if p.first <= position < p.first + p.rows)
+        piece = next(p for p in self._pieces if p.first <= position < p.first + p.rows)
         return next(item for at, item in enumerate(_each(piece), piece.first) if at == position)
 
     def __iter__(self) -> Iterator[Any]:
-        return (item for piece in self.source.pieces(1024) for item in _each(piece))
+        return (item for piece in self._pieces for item in _each(piece))
+
+    @cached_property
+    def _pieces(self) -> list[Piece]:
+        return self.source.pieces(1024)
 
 
 def _each(piece: Piece) -> Iterator[Any]:
@@ -175,7 +180,7 @@ def list_source(items: Sequence[Any], root: str | Path | None) -> ListSource:
             "mtime_ns": pa.array([mtime for _, mtime in stats], pa.int64()),
         }
     )
-    return ListSource(base or "a list", listing, pickled=not files)
+    return ListSource(_shown(base) or "a list", listing, pickled=not files)
 
 
 def _named_by_url(item: Any) -> bool:
@@ -333,7 +338,7 @@ def parquet_source(files: Sequence[str], name: str) -> TableSource:
             metadata, found = parquet.metadata, parquet.schema_arrow.remove_metadata()
         schema = schema or found
         if found != schema:
-            raise DataError(f"{file!r} has other columns than {files[0]!r}: {_difference(found, schema)}")
+            raise DataError(f"{named(file)} has other columns than {named(files[0])}: {_difference(found, schema)}")
         spans += [ParquetSpan(file, g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)]
     listed = [(Path(f).name, *d) for f, d in zip(files, described, strict=True)]
     filled = tuple(s for s in spans if s.rows)
@@ -342,10 +347,12 @@ def parquet_source(files: Sequence[str], name: str) -> TableSource:
 
 def _difference(found: pa.Schema, wanted: pa.Schema) -> str:
     here, there = ({f.name: str(f.type) for f in schema} for schema in (found, wanted))
-    odd = [n for n in dict.fromkeys([*here, *there]) if here.get(n) != there.get(n)]
-    if not odd:
-        return "they stand in another order"
-    return ", ".join(f"{n!r} is {here.get(n, 'missing')}, not {there.get(n, 'there')}" for n in odd[:5])
+    odd = [
+        *(f"{n!r} is missing" for n in there if n not in here),
+        *(f"{n!r} is {here[n]}, not {there[n]}" for n in there if here.get(n, there[n]) != there[n]),
+        *(f"{n!r} is new" for n in here if n not in there),
+    ]
+    return ", ".join(odd[:5]) or "they stand in another order"
 
 
 @dataclass(frozen=True)
@@ -387,7 +394,9 @@ def csv_source(files: Sequence[str], name: str) -> TableSource:
                     skip = False
                 found = _parsed(data, separator, names, skip=skip)
                 if schema is not None and found.schema.names != schema.names:
-                    raise DataError(f"{file!r} has other columns than {files[0]!r}: {_difference(found.schema, schema)}")
+                    raise DataError(
+                        f"{named(file)} has other columns than {named(files[0])}: {_difference(found.schema, schema)}"
+                    )
                 schema = found.schema if schema is None else _common(schema, found.schema)
                 if found.num_rows:
                     ranges.append((file, start + (_first_line(data) if skip else 0), stop, found.num_rows, separator))
@@ -410,7 +419,7 @@ def _whole_lines(opened: Any) -> Iterator[tuple[int, int, bytes]]:
             yield start, start + cut, held[:cut]
             start, held = start + cut, held[cut:]
     if held.strip():
-        yield start, start + len(held), held
+        yield start, start + len(held), held + b"\n"
 
 
 def _first_line(data: bytes) -> int:
@@ -472,20 +481,24 @@ def source_of(given: Any, root: Any) -> Source:
     return list_source(items, root if isinstance(root, str | Path) else None)
 
 
+def _shown(name: str) -> str:
+    return shown(name) if is_url(name) else name
+
+
 def _ending(file: str | Path) -> str:
     return Path(str(file).partition("?")[0]).suffix.lower()
 
 
 def _table_files(path: str | Path) -> TableSource:
     if _ending(path) in TABLE_ENDINGS and (is_url(str(path)) or not Path(path).is_dir()):
-        return _of_tables([str(path)], str(path))
+        return _of_tables([str(path)], _shown(str(path)))
     found = [under(path, file) for file, _, _ in list_files(path) if _ending(file) in TABLE_ENDINGS]
     if not found:
         raise DataError(
-            f"{str(path)!r} holds no table ({', '.join(TABLE_ENDINGS)}): name one, or say which files are the items with "
+            f"{named(path)} holds no table ({', '.join(TABLE_ENDINGS)}): name one, or say which files are the items with "
             "get_items, as in get_items=get_image_files"
         )
-    return _of_tables(found, str(path))
+    return _of_tables(found, _shown(str(path)))
 
 
 def _of_tables(files: list[str], name: str) -> TableSource:

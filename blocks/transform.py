@@ -207,6 +207,12 @@ def _dispatched(cls: type[Transform], name: str) -> plum.Function:
     return combined
 
 
+def applies(t: Transform, value: Any) -> bool:
+    """Whether `t` has an `encodes` for the type of `value`, beyond the one of every transform that lets it pass."""
+    signatures = [m.signature for m in type(t).encodes.methods]  # type: ignore[attr-defined]
+    return any(s.types[1] not in (Any, object) and s.match((t, value)) for s in signatures)
+
+
 def retain_type(new: Any, old: Any) -> Any:
     """`new` as the class of `old` where it lost that class on the way (a result of class Tensor from a TensorImage).
 

@@ -4,12 +4,15 @@ import logging
 import pickle
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from blocks.dataloaders import DataLoaders, dataloaders_of
+from blocks.fingerprint import NotFingerprintable
 from blocks.prepare import prepare
+from blocks.sources import TableSource
 from cluster.runtime import start_ray
 
 if TYPE_CHECKING:
@@ -19,14 +22,48 @@ if TYPE_CHECKING:
 def dataloaders(
     block: "DataBlock", source: Any, *, batch_size: int = 64, seed: int = 0, max_bad_rows: int = 0, cache: str = "disk"
 ) -> DataLoaders:
-    """`block.dataloaders(source)`, with the files read, decoded and encoded by Ray Data tasks; the result is the same.
+    """`block.dataloaders(source)`, with the source read, decoded and encoded by Ray Data tasks; the result is the same.
 
-    Tasks write the shards themselves and return a few words about each, so neither this process nor Ray's object store holds
-    the data.
+    source: as there, or a `ray.data.Dataset`, whose rows are the items. Tasks write the shards themselves and return a few
+    words about each, so neither this process nor Ray's object store holds the data.
     """
-    plan = block.plan(source)
+    plan = block.plan(dataset_source(source) if type(source).__module__.startswith("ray.data") else source)
     prepared = prepare(plan, map_work=map_on_ray, max_bad_rows=max_bad_rows, cache=cache)
     return dataloaders_of(plan, prepared, batch_size=batch_size, seed=seed)
+
+
+@dataclass(frozen=True)
+class RefSpan:
+    """A block of a `ray.data.Dataset` in the object store."""
+
+    block: Any  # ray.ObjectRef of a pa.Table
+    rows: int
+
+    def tables(self, most: int) -> Iterator[pa.Table]:
+        import ray
+
+        yield ray.get(self.block).replace_schema_metadata(None)
+
+
+def dataset_source(dataset: Any) -> TableSource:
+    """A `ray.data.Dataset` as a source: its blocks, in their order, where they are. The driver holds none of its rows.
+
+    It has no identity that lasts, so what is prepared of it is not found again by a later run.
+    """
+    start_ray()
+    import ray
+
+    dataset.context.execution_options.preserve_order = True
+    blocks = dataset.to_arrow_refs()
+    described = ray.remote(lambda block: (block.num_rows, block.nbytes, tuple(block.column_names)))
+    found = ray.get([described.remote(block) for block in blocks])
+    spans = tuple(RefSpan(block, rows) for block, (rows, _, _) in zip(blocks, found, strict=True) if rows)
+    columns = next((names for rows, _, names in found if rows), ())
+
+    def unknown() -> Any:
+        raise NotFingerprintable("a ray.data.Dataset has no lasting identity: write it to Parquet and name the files")
+
+    return TableSource("ray.data.Dataset", columns, spans, sum(size for _, size, _ in found), unknown)
 
 
 def map_on_ray(function: Callable[[Any], pa.Table], work: Sequence[Any]) -> Iterator[pa.Table]:

@@ -1,15 +1,17 @@
 """A plan carried out by Ray Data gives the same bytes as in this process, and its errors arrive as themselves."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import ray.cloudpickle
+import ray.data
 
-from blocks import DataBlock, DataError, prepare
+from blocks import CategoryBlock, ColReader, DataBlock, DataError, RandomSplitter, prepare
 from cluster import dataloaders
 from cluster.data import map_on_ray
 
@@ -34,6 +36,58 @@ def test_here_is_as_through_ray_data(
     assert not through_ray.reused
     assert shards(here.folder) == shards(through_ray.folder)
     assert here.index | {"seconds": 0} == through_ray.index | {"seconds": 0}
+
+
+def as_parquet(frame: pd.DataFrame, folder: Path) -> Any:
+    frame.to_parquet(folder / "a.parquet", row_group_size=70)
+    return folder / "a.parquet"
+
+
+def as_csv(frame: pd.DataFrame, folder: Path) -> Any:
+    frame.to_csv(folder / "a.csv", index=False)
+    return folder / "a.csv"
+
+
+SOURCES = {"parquet": as_parquet, "csv": as_csv, "frame": lambda frame, folder: frame}
+
+
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+def test_tables_here_are_as_through_ray_data(
+    source: Callable[[pd.DataFrame, Path], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    frame = pd.DataFrame({"kind": ["cat", "dog", "owl", None] * 100, "n": range(400)})
+    block = table_block()
+    given = source(frame, tmp_path)
+    here = block.dataloaders(given).prepared
+    monkeypatch.setenv("FASTRAY_CACHE", str(tmp_path / "other"))
+    through_ray = dataloaders(block, given).prepared
+    assert here is not None
+    assert through_ray is not None
+    assert shards(here.folder) == shards(through_ray.folder) != {}
+    assert here.index | {"seconds": 0} == through_ray.index | {"seconds": 0}
+
+
+def table_block() -> DataBlock:
+    return DataBlock(
+        (CategoryBlock(add_na=True), CategoryBlock(vocab=tuple("0123456789"))),
+        get_x=ColReader("kind"),
+        get_y=lambda row: row["n"] % 10,
+        splitter=RandomSplitter(0.25),
+    )
+
+
+def test_a_dataset_of_ray_is_a_source(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"kind": ["cat", "dog", "owl", None] * 100, "n": range(400)})
+    made = ray.data.from_pandas([frame[:100], frame[100:130], frame[130:]]).map_batches(lambda batch: batch, batch_size=50)
+    dls = dataloaders(table_block(), made)
+    here = table_block().dataloaders(frame).prepared
+    assert dls.prepared is not None
+    assert here is not None
+    assert "not kept across runs: a ray.data.Dataset has no lasting identity" in dls.plan_text
+    for name in ("id", "part", "x", "y"):
+        assert [v for t in dls.prepared.tables() for v in t[name].to_pylist()] == [
+            v for t in here.tables() for v in t[name].to_pylist()
+        ]
 
 
 def test_the_second_time_nothing_is_decoded(digits_block: DataBlock, few_digits: Path) -> None:
