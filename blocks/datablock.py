@@ -29,7 +29,7 @@ class TransformBlock:
     """What one block brings: transforms from item to typed value, for the whole sample, and for the batch.
 
     dls_kwargs: settings of the feed that this kind of data needs, as `DataLoaders.new` takes them; pad is here the number that
-    fills the short rows of this block's columns.
+    fills the short rows of this block's columns, and sort_by_length may be True, for this block's column.
     """
 
     type_tfms: tuple[TransformLike, ...] = ()
@@ -201,6 +201,8 @@ def _feed_settings(blocks: Sequence[TransformBlock], columns: Sequence[Column]) 
         own = dict(block.dls_kwargs)
         if "pad" in own:
             pad[column.name] = own.pop("pad")
+        if own.get("sort_by_length") is True:
+            own["sort_by_length"] = column.name
         settings |= own
     return settings | {"pad": pad} if pad else settings
 

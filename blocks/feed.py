@@ -145,6 +145,13 @@ class Feed:
             )
         if isinstance(self.samples, Windows) and self.sort_by_length is not None:
             raise UserError("windows have one length: leave sort_by_length out")
+        encode = self.prepared.encode
+        known = dict.fromkeys((*encode.layout, *(column.name for column in encode.columns)))
+        named = [*self.pad, *([self.sort_by_length] if self.sort_by_length else [])]
+        named += self.samples.columns if self.samples else []
+        unknown = [name for name in named if name not in known]
+        if unknown:
+            raise UserError(f"there is no column {unknown[0]!r}; there are {', '.join(known)}")
         if self.samples is not None and self._finishes:
             raise UserError("windows and streams are cut from stored rows, so no item transform may be random: use batch_tfms")
 

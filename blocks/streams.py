@@ -26,6 +26,11 @@ class Streams:
     seq_len: int = 72
     column: str = "x"
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are read."""
+        return (self.column,)
+
     def __post_init__(self) -> None:
         if self.seq_len < 1:
             raise ValueError(f"seq_len is at least 1, not {self.seq_len}")

@@ -356,7 +356,7 @@ def test_a_block_brings_settings_of_the_feed(few_digits: Path, digits_block: Dat
 def test_what_needs_all_rows_is_never_in_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
     """By itself: a person may not ask for both."""
     monkeypatch.setattr("blocks.prepared.memory", lambda: 10)
-    texts = TransformBlock(type_tfms=(lambda n: torch.arange(n).as_subclass(TensorText),), dls_kwargs={"sort_by_length": "x"})
+    texts = TransformBlock(type_tfms=(lambda n: torch.arange(n).as_subclass(TensorText),), dls_kwargs={"sort_by_length": True})
     dls = DataBlock((texts, RegressionBlock()), get_items=lambda source: range(20)).dataloaders("numbers", batch_size=4)
     assert not dls.train.lanes  # type: ignore[attr-defined]
     assert "resident, any order: the store is larger than memory" in dls.plan_text

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from blocks import (
     DataBlock,
     Feed,
     Prepared,
+    Streams,
     TensorCategory,
     TensorImage,
     TensorText,
+    Windows,
     prepare,
 )
 from blocks.draws import sample_keys, uniform
@@ -388,6 +391,15 @@ def test_texts_of_about_one_length_share_a_batch(made: Made) -> None:
     assert widths != sorted(widths, reverse=True)
     valid = [batch[0].shape[1] for batch in Feed(store, VALID, 100, shuffle=False, sort_by_length="x")]
     assert valid == [max(valid)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"pad": {"z": 1}}, {"sort_by_length": "z"}, {"samples": Windows(3, columns=("x", "z"))}, {"samples": Streams(3, "z")}],
+)
+def test_a_column_that_is_not_there(made: Made, settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="there is no column 'z'; there are x, y"):
+        Feed(made(20, 10), TRAIN, 8, shuffle=True, **settings)
 
 
 # --- item transforms of each epoch ---------------------------------------------------------------------------------------
