@@ -59,7 +59,7 @@ def get_data(url: str | Path, hash: str | None = None, folder: str | Path | None
             raise UserError(f"there is no {str(local)!r}: check the path")
         if local.is_dir():
             return local
-    name = posixpath.basename(urllib.parse.urlsplit(text).path if local is None else local.as_posix())
+    name = posixpath.basename(urllib.parse.urlsplit(text).path if local is None else local.as_posix()) or "data"
     ending = next((e for e in sorted(ARCHIVES, key=len, reverse=True) if name.lower().endswith(e)), None)
     if local is not None and ending is None:
         _check_hash(text, local, hash)
@@ -68,7 +68,7 @@ def get_data(url: str | Path, hash: str | None = None, folder: str | Path | None
     stem = name[: -len(ending)] if ending else name
     # A local archive is another one once it has changed.
     key = f"{text} {hash}" if local is None else f"{local.absolute()} {local.stat().st_size} {local.stat().st_mtime_ns} {hash}"
-    place = home / f"{stem or 'data'}-{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
+    place = home / f"{stem}-{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
     if not place.exists():
         with _fresh_folder(home) as fresh:
             file = local

@@ -90,7 +90,7 @@ def served(tmp_path: Path) -> Iterator[tuple[str, Path, list[str]]]:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(root))) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}", root, asked
         server.shutdown()
@@ -141,6 +141,13 @@ def test_what_a_server_cannot_give(served: tuple[str, Path, list[str]], kept: Pa
     with pytest.raises(UserError, match="broke off after 9 of 100 bytes"):
         get_data(f"{url}/short.zip", folder=kept)
     assert list(kept.iterdir()) == []
+
+
+def test_an_address_without_a_name(served: tuple[str, Path, list[str]], kept: Path) -> None:
+    url, root, _ = served
+    (root / "index.html").write_bytes(b"hello")
+    file = get_data(f"{url}/", sha256(root / "index.html"), kept)
+    assert (file.name, file.read_bytes()) == ("data", b"hello")
 
 
 def test_a_server_that_is_not_there(kept: Path) -> None:
