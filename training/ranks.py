@@ -154,7 +154,7 @@ class Ranks:
             for p, gradient in zip(self.parameters, held, strict=True):
                 p.grad = gradient
             raise
-        self._take(buckets, float(total))
+        self._take(buckets, float(total) or 1.0)  # nothing counted: no gradient either
         for p, gradient in zip(self.parameters, held, strict=True):
             if gradient is not None:
                 p.grad = gradient if p.grad is None else gradient.add_(p.grad)
@@ -197,11 +197,12 @@ class Ranks:
 
     def _launch(self, buckets: Sequence[_Bucket]) -> None:
         for bucket in buckets:
-            bucket.flat.zero_()
-            for p, view, mark in zip(bucket.parameters, bucket.views(), bucket.marks(), strict=True):
-                if p.grad is not None:
+            for p, view in zip(bucket.parameters, bucket.views(), strict=True):
+                if p.grad is None:
+                    view.zero_()
+                else:
                     view.copy_(p.grad)
-                    mark.fill_(1)
+            bucket.marks().copy_(torch.tensor([p.grad is not None for p in bucket.parameters]))
             if self._launched == 0:
                 bucket.flat[-len(self._rides) :] = self._rides.to(bucket.flat)
             bucket.work = begin_sum(bucket.flat)
@@ -209,12 +210,11 @@ class Ranks:
 
     def _take(self, buckets: Sequence[_Bucket], total: float) -> None:
         for bucket in buckets:
-            bucket.flat.div_(total or 1.0)
             for p, view, mark in zip(bucket.parameters, bucket.views(), bucket.marks(), strict=True):
+                if p.grad is None and mark > 0:  # others used it
+                    p.grad = torch.empty_like(p)
                 if p.grad is not None:
-                    p.grad.copy_(view)
-                elif mark > 0:  # others used it
-                    p.grad = view.clone()
+                    torch.div(view, total, out=p.grad)
 
 
 def _raise_strongest(votes: Tensor) -> None:
