@@ -2,7 +2,7 @@
 
 One composition, three ways ("kernels"):
 
-    fused      it is one of torch's own optimizers: torch's fused kernel does all parameters in one call
+    fused      it is one of torch's own optimizers, or one of them with other numbers: torch's fused kernel does all in one call
     compiled   its functions as one loop over each parameter, by torch.compile: the fastest, but compiling takes seconds
     eager      its functions one by one, on pieces that stay in the processor's cache
 
@@ -14,6 +14,7 @@ Parameters and gradients keep their own storage, whichever it is; small ones are
 import functools
 import inspect
 import itertools
+import math
 import os
 import shutil
 import time
@@ -34,6 +35,9 @@ from training.steppers import (
     debias_sqr,
     l2_reg,
     momentum_step,
+    radam_adapts,
+    radam_rectification,
+    radam_step,
     rms_prop_step,
     sgd_step,
     step_stat,
@@ -108,6 +112,11 @@ class Optimizer(torch.optim.Optimizer):
             for f, signature, first in zip(self.functions, signatures, firsts, strict=True)
         )
 
+        # What a kernel of torch's might do: all that runs at each step, unless something runs between.
+        runs = sum(always for always, _ in itertools.groupby(f.when is None for f in self._steps if not f.of_numbers))
+        always = tuple(f.call for f in self._steps if f.when is None and f.call is not step_stat)
+        self._at_each_step = always if runs == 1 else ()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with hyper-parameters of its own if it gives any."""
         if "weight_decay" in param_group:  # torch's name, which `parameter_groups` uses for any optimizer's groups
@@ -133,11 +142,7 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for params, values in self._alike(group):
                 rows = [self._laid_alike(p) for p in params]
-                if self.kernel == FUSED and fused is not None and all(_dense(p) for p in params):
-                    params, grads, *states = map(list, zip(*rows, strict=True))
-                    fused(params, grads, dict(zip(self._states, states, strict=True)), values)
-                else:
-                    self._step_composed(rows, values)
+                self._step_alike(rows, values, fused if all(map(_dense, params)) else None)
         return loss
 
     def _laid_alike(self, p: Tensor) -> tuple[Tensor, ...]:
@@ -177,14 +182,18 @@ class Optimizer(torch.optim.Optimizer):
             found.append((params, values))
         return found
 
-    def _step_composed(self, rows: list[tuple[Tensor, ...]], values: dict[str, Any]) -> None:
+    def _step_alike(self, rows: list[tuple[Tensor, ...]], values: dict[str, Any], fused: "Fused | None") -> None:
         steps = [f for f in self._steps if not f.of_numbers and f.applies(values)]
-        if self.kernel == COMPILED:
-            # What does not run at each step would be a compilation of its own: it runs by itself, eagerly.
-            for always, functions in itertools.groupby(steps, lambda f: f.when is None):
-                self._carry_out(tuple(functions), rows, values, compiled=always)
-        else:
+        if self.kernel == EAGER:
             self._carry_out(tuple(steps), rows, values, compiled=False)
+            return
+        # What does not run at each step is in no kernel of torch's and would be a compilation of its own: it runs by itself.
+        for always, functions in itertools.groupby(steps, lambda f: f.when is None):
+            if always and self.kernel == FUSED and fused is not None:
+                params, grads, *states = map(list, zip(*rows, strict=True))
+                fused(params, grads, dict(zip(self._states, states, strict=False)), values)
+            else:
+                self._carry_out(tuple(functions), rows, values, compiled=always and self.kernel == COMPILED)
 
     def _carry_out(
         self, functions: tuple[_Function, ...], rows: list[tuple[Tensor, ...]], values: dict[str, Any], compiled: bool
@@ -256,12 +265,9 @@ class Optimizer(torch.optim.Optimizer):
             return f"since that fails: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         return ""
 
-    def _torchs_own(self) -> Callable[..., None] | None:
-        """The fused kernel of torch's that does just what the composition does, if there is one."""
-        dampening = {group.get("dampening", False) for group in self.param_groups}
-        kernel = _FUSED.get((self.functions, *dampening))
-        here = all(p.device.type in ("cpu", "cuda", "xpu", "mps") for group in self.param_groups for p in group["params"])
-        return kernel if here else None
+    def _torchs_own(self) -> "Fused | None":
+        """The fused kernel of torch's that does just what the composition does at each step, if there is one."""
+        return _FUSED.get((self._at_each_step, *{group.get("dampening", False) for group in self.param_groups}))
 
     # --- state -----------------------------------------------------------------------------------------------------------
 
@@ -346,6 +352,7 @@ def _flat(rows: Sequence[tuple[Tensor, ...]], gather: bool) -> Iterator[Sequence
 
 
 def _dense(p: Tensor) -> bool:
+    """Whether torch's fused kernels may go through the memory of it."""
     return p.is_contiguous() or (p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last))
 
 
@@ -368,6 +375,8 @@ def _gathered(rows: Sequence[tuple[Tensor, ...]]) -> Iterator[Sequence[Tensor]]:
 
 
 # --- torch's own -------------------------------------------------------------------------------------------------------
+
+Fused = Callable[..., None]  # (parameters, gradients, states by name, numbers by name)
 
 
 def _fused_adam(
@@ -417,11 +426,29 @@ def _fused_rms_prop(
     _fused_adam(kernel, params, grads, {"grad_avg": grads, "sqr_avg": states["sqr_avg"]}, adam)
 
 
-_ADAM = (average_grad, average_sqr_grad, step_stat, debias_grad, debias_sqr, adam_step)
-# By the functions and whether the average of the gradients is dampened.
-_FUSED: dict[tuple[Any, ...], Callable[..., None]] = {
-    ((weight_decay, *_ADAM), True): functools.partial(_fused_adam, torch._fused_adamw_),
-    ((l2_reg, *_ADAM), True): functools.partial(_fused_adam, torch._fused_adam_),
+def _fused_radam(
+    kernel: Callable[..., None],
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: dict[str, list[Tensor]],
+    h: dict[str, Any],
+    decoupled: bool,
+) -> None:
+    # Adam with another rate, by `factor`, and another eps; one that leaves nothing of the root, as long as it does not adapt.
+    root = math.sqrt(h["sqr_debias"])
+    eps, factor = (h["eps"] / root, h["rectification"] / root) if h["adapts"] else (1e15, 1e15)
+    wd = h["wd"] / factor if decoupled else h["wd"]
+    _fused_adam(kernel, params, grads, states, {**h, "lr": h["lr"] * factor, "eps": eps, "wd": wd})
+
+
+_MOMENTS = (average_grad, average_sqr_grad, debias_grad, debias_sqr)
+_RADAM = (*_MOMENTS, radam_adapts, radam_rectification, radam_step)
+# By the functions of each step, without `step_stat`, and whether the average of the gradients is dampened.
+_FUSED: dict[tuple[Any, ...], Fused] = {
+    ((weight_decay, *_MOMENTS, adam_step), True): functools.partial(_fused_adam, torch._fused_adamw_),
+    ((l2_reg, *_MOMENTS, adam_step), True): functools.partial(_fused_adam, torch._fused_adam_),
+    ((weight_decay, *_RADAM), True): functools.partial(_fused_radam, torch._fused_adamw_, decoupled=True),
+    ((l2_reg, *_RADAM), True): functools.partial(_fused_radam, torch._fused_adam_, decoupled=False),
     ((weight_decay, sgd_step), False): functools.partial(_fused_sgd, decoupled=True),
     ((l2_reg, sgd_step), False): functools.partial(_fused_sgd, decoupled=False),
     ((weight_decay, average_grad, momentum_step), False): functools.partial(_fused_sgd, decoupled=True),

@@ -22,7 +22,7 @@ from training import (
     Curve,
     Learner,
     Phase,
-    RAdam,
+    QHAdam,
     accuracy,
     body_and_head,
     error_rate,
@@ -439,7 +439,7 @@ def test_each_step_has_the_rate_and_the_momentum_of_its_place_in_the_phase() -> 
 
 
 def test_how_a_composed_optimizer_is_carried_out_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
-    learn = learner(opt_func=RAdam)
+    learn = learner(opt_func=QHAdam)
     learn.fit(2)
     learn.fit(1)
     assert capsys.readouterr().out.count("optimizer not compiled: 6 steps of 8 numbers are too few to pay for it") == 1
