@@ -73,7 +73,7 @@ def with_kernel(make: Callable[[Any], Optimizer], kernel: str) -> Callable[[Any]
 
 
 def contenders(name: str) -> dict[str, Callable[[Any], Any]]:
-    """Ours in each way that there is, torch's, fastai's."""
+    """Ours in each way that may be chosen for it, torch's, fastai's."""
     make = getattr(ours, name)
     if name == "SGD":
         make = lambda p: ours.SGD(p, mom=0.9)  # noqa: E731
@@ -81,14 +81,13 @@ def contenders(name: str) -> dict[str, Callable[[Any], Any]]:
     found: dict[str, Callable[[Any], Any]] = {}
     if probe._torchs_own():
         found[FUSED] = with_kernel(make, FUSED)
-    found[EAGER] = with_kernel(make, EAGER)
-    began = time.perf_counter()
-    trouble = probe._cannot_be_compiled()
-    if trouble:
-        print(f"  {name}: not compiled, {trouble}")
     else:
-        print(f"  {name}: compiled in {time.perf_counter() - began:.1f} s")
-        found[COMPILED] = with_kernel(make, COMPILED)
+        found[EAGER] = with_kernel(make, EAGER)
+        began = time.perf_counter()
+        trouble = probe._cannot_be_compiled()
+        print(f"  {name}: " + (f"not compiled, {trouble}" if trouble else f"compiled in {time.perf_counter() - began:.1f} s"))
+        if not trouble:
+            found[COMPILED] = with_kernel(make, COMPILED)
     if name in TORCHS:
         found["torch"] = TORCHS[name]
     if PEER:

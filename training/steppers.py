@@ -122,8 +122,8 @@ def debias_sqr(sqr_debias: float, sqr_mom: float, step: float) -> float:
 def larc_layer_lr(p: Tensor, grad: Tensor, lr: float, trust_coeff: float, wd: float, eps: float, clip: bool = True) -> Tensor:
     """The rate of a parameter by its norm and its gradient's (You et al., arXiv:1708.03888); at most `lr` if `clip`."""
     p_norm, grad_norm = torch.linalg.vector_norm(p), torch.linalg.vector_norm(grad)
-    local = p_norm / (grad_norm + p_norm * wd + eps) * (lr * trust_coeff)
-    return local.clamp(max=lr) if clip else local
+    local = p_norm.div_(torch.add(grad_norm, p_norm, alpha=wd).add_(eps)).mul_(lr * trust_coeff)
+    return local.clamp_(max=lr) if clip else local
 
 
 def radam_adapts(adapts: float, step: float, sqr_mom: float) -> float:
