@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from blocks.draws import bernoulli, randint, stream_of, uniform
-from blocks.pieces import ByPiece
+from blocks.pieces import ByPiece, floats
 from blocks.tensors import TensorBBox, TensorImage, TensorMask, TensorPoint, as_plain
 from blocks.transform import RandTransform, Transform, dispatch, with_own_keys
 
@@ -97,7 +97,7 @@ class _Geometry(ByPiece, RandTransform, registered=False):
 
     @dispatch
     def encodes(self, x: TensorImage, drawn: Drawn) -> torch.Tensor:
-        return _sampled(self._shrunk(as_plain(x), drawn), drawn, self.mode, self.pad_mode, self.align_corners)
+        return _sampled(self._shrunk(floats(x), drawn), drawn, self.mode, self.pad_mode, self.align_corners)
 
     @dispatch  # type: ignore[no-redef]
     def encodes(self, x: TensorMask, drawn: Drawn) -> torch.Tensor:  # noqa: F811

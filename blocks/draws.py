@@ -38,11 +38,9 @@ def normal(keys: torch.Tensor, stream: int, n: int | None = None) -> torch.Tenso
 
     Worked out in float64 and rounded, so that the libraries' own last bits of log and cos do not show.
     """
-    wide = 1 if n is None else n
-    bits = _bits(keys, stream, 32, 2 * wide).to(torch.float64).add_(0.5).mul_(2.0**-32)
-    radius, angle = bits[..., :wide].log().mul_(-2).sqrt_(), bits[..., wide:] * (2 * math.pi)
-    drawn = (radius * angle.cos_()).to(torch.float32)
-    return drawn[..., 0] if n is None else drawn
+    word = _words(keys, stream, n)
+    upper, lower = ((half & 0xFFFFFFFF).to(torch.float64).add_(0.5).mul_(2.0**-32) for half in (word >> 32, word))
+    return (upper.log_().mul_(-2).sqrt_() * lower.mul_(2 * math.pi).cos_()).to(torch.float32)
 
 
 def bernoulli(keys: torch.Tensor, stream: int, p: float) -> torch.Tensor:
@@ -56,11 +54,16 @@ def randint(keys: torch.Tensor, stream: int, high: int, n: int | None = None) ->
 
 
 def _bits(keys: torch.Tensor, stream: int, bits: int, n: int | None = None) -> torch.Tensor:
-    # The upper `bits` of the hash of key, stream and position.
+    # The upper ones of 64, as int64 of 0 and more.
+    return (_words(keys, stream, n) >> (64 - bits)) & ((1 << bits) - 1)
+
+
+def _words(keys: torch.Tensor, stream: int, n: int | None) -> torch.Tensor:
+    # The hash of key, stream and position.
     start = keys + _signed(_mixed_word(stream))
     if n is not None:
         start = start[..., None] + torch.arange(n, device=keys.device) * _signed(_GOLDEN)
-    return (_mixed(start) >> (64 - bits)) & ((1 << bits) - 1)
+    return _mixed(start)
 
 
 def _mixed(z: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 
 from blocks.draws import bernoulli, normal, randint, stream_of, uniform
-from blocks.pieces import ByPiece
-from blocks.tensors import TensorImage, as_plain
+from blocks.pieces import ByPiece, floats
+from blocks.tensors import TensorImage
 from blocks.transform import RandTransform, Transform, with_own_keys
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: the shade of grey of red, green and blue; together 1
@@ -49,7 +49,7 @@ class _Lighting(ByPiece, RandTransform, registered=False):
     def encodes(self, x: TensorImage, drawn: Light) -> torch.Tensor:
         own, grey, bias = (d.to(x.device)[:, None, None, None] for d in (drawn.own, drawn.grey, drawn.bias))
         # The logit with its sign turned, log(1/x - 1): a step less over all pixels. In place, in one buffer of its own.
-        turned = as_plain(x).clamp(1e-7, 1 - 1e-7).reciprocal_().sub_(1).log_()
+        turned = floats(x).clamp(1e-7, 1 - 1e-7).reciprocal_().sub_(1).log_()
         if any(t.mixes for t in self.parts):
             shade = _shade(turned).mul_(grey)
             turned.mul_(own).add_(shade)
@@ -167,26 +167,28 @@ class Hue(ByPiece, RandTransform):
         return turn * bernoulli(keys, stream_of("Hue.p"), self.p)
 
     def encodes(self, x: TensorImage, drawn: torch.Tensor) -> torch.Tensor:
-        plain = as_plain(x)
+        plain = floats(x)
         if plain.shape[1] != 3:
             return plain  # grey has no hue
         hue, chroma, value = _hue_chroma_value(plain)
         hue = hue + 6 * drawn.to(x.device)[:, None, None]
         # Each channel falls from `value` by `chroma` as its own hue is further away (Smith, "Color gamut transform pairs",
         # 1978).
-        away = (hue[:, None] + torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]).remainder(6)
+        away = hue[:, None] + torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]
+        away -= (away / 6).floor_().mul_(6)
         fall = torch.minimum(away, 4 - away).clamp_(0, 1)
-        return value[:, None] - chroma[:, None] * fall
+        return torch.addcmul(value[:, None], chroma[:, None], fall, value=-1)
 
 
 def _hue_chroma_value(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     # Of (rows, 3, height, width); the hue in sixths of the circle, red at 0.
-    value, largest = x.max(dim=1)
+    red, green, blue = x.unbind(dim=1)
+    value = x.amax(dim=1)
     chroma = value - x.amin(dim=1)
-    # From the channel after the largest to the one before: red takes (green - blue), green (blue - red), blue (red - green).
-    ahead, behind = (x.gather(1, ((largest + step) % 3)[:, None])[:, 0] for step in (1, 2))
-    hue = (ahead - behind) / torch.where(chroma > 0, chroma, 1) + 2 * largest
-    return hue, chroma, value
+    # From the largest channel's place, as far as the one after it is larger than the one before.
+    above, at = torch.where(green == value, blue - red, red - green), torch.where(green == value, 2.0, 4.0)
+    above, at = torch.where(red == value, green - blue, above), torch.where(red == value, 0.0, at)
+    return above / torch.where(chroma > 0, chroma, 1) + at, chroma, value
 
 
 @dataclass
@@ -232,7 +234,7 @@ class RandomErasing(RandTransform):
         in_rows = _inside(height, (area / aspect * height * width).sqrt(), down)
         erased = (in_rows[..., :, None] & in_columns[..., None, :]).any(dim=1)  # (rows, height, width)
         row, y, pixel_x = erased.nonzero(as_tuple=True)
-        result = as_plain(x).clone()
+        result = floats(x).clone()
         noise = normal(keys[row] + y * width + pixel_x, stream_of("RandomErasing.noise"), n=x.shape[1])
         result[row, :, y, pixel_x] = noise.to(x.dtype)
         return result

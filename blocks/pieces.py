@@ -15,6 +15,13 @@ from blocks.transform import RandTransform, Transform, with_own_keys
 PIECE_BYTES = 2_000_000  # of pictures as float32
 
 
+def floats(x: TensorImage) -> torch.Tensor:
+    """The pixels of a batch as a plain tensor of floats. ValueError when they are bytes still."""
+    if not x.is_floating_point():
+        raise ValueError(f"pixels of {x.dtype} have to be floats by now: add IntToFloatTensor() to the batch transforms")
+    return as_plain(x)
+
+
 class ByPiece:
     """A mixin for transforms that treat each picture by itself, in which neighbours in a Pipeline become one `InPieces`.
 

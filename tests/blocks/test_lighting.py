@@ -129,6 +129,13 @@ def test_alone_as_in_a_batch(name: str) -> None:
         torch.testing.assert_close(ALL[name](x[i : i + 1], keys=keys(6)[i : i + 1])[0], batch[i], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("t", [*ALL.values(), Flip(p=1)], ids=lambda t: type(t).__name__)
+def test_bytes_are_no_floats(t: Any) -> None:
+    """As they come from a plain list of batches."""
+    with pytest.raises(ValueError, match="add IntToFloatTensor"):
+        t(torch.zeros(6, 3, 4, 4, dtype=torch.uint8).as_subclass(TensorImage), keys=keys(6))
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_other_types_pass(name: str) -> None:
     mask = torch.ones(6, 4, 4, dtype=torch.int64).as_subclass(TensorMask)
