@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from blocks.cache import Hold, cache_folder, hold, kept_index
+from blocks.cache import Hold, cache_folder, hold, kept_index, make_room
 from blocks.errors import DataError
 from blocks.plan import Encode, Plan
 from blocks.shards import map_shard
@@ -73,6 +73,11 @@ class Prepared:
         """Whether all its pages can stay in this machine's memory, so that its rows may be read in any order."""
         return self.nbytes <= memory()
 
+    @property
+    def where(self) -> str:
+        """Where the shards are kept, for the person: a folder, or a URL without its keys."""
+        return shown(self.url) if self.url else str(self.folder)
+
     def table(self, number: int) -> pa.Table:
         """One shard, memory-mapped; fetched first where this machine has no copy.
 
@@ -110,8 +115,7 @@ class Prepared:
     def described(self) -> str:
         """Rows, bytes, shards and bad rows in one line."""
         bad = f", {len(self.index['bad_rows'])} bad rows left out" if self.index["bad_rows"] else ""
-        where = shown(self.url) if self.url else self.folder
-        return f"{self.rows} rows, {self.nbytes / 1e6:.1f} MB in {len(self.index['shards'])} Arrow shards{bad}, {where}"
+        return f"{self.rows} rows, {self.nbytes / 1e6:.1f} MB in {len(self.index['shards'])} Arrow shards{bad}, {self.where}"
 
     def _path(self, shard: dict[str, Any]) -> Path:
         return self.folder / shard["file"]
@@ -139,7 +143,10 @@ class Prepared:
 
     @cached_property
     def _held(self) -> Hold | None:
-        return hold(self.folder)
+        held = hold(self.folder)
+        if self.url is not None and held is not None:
+            make_room(self.folder.parent)  # copies of other data may have to go
+        return held
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process takes its own hold, and another node has a folder of its own for what is kept at a URL.

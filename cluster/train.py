@@ -108,7 +108,7 @@ def new_learner(recipe: Recipe, dls: DataLoaders) -> Learner:
 def tags_of(dls: DataLoaders) -> dict[str, str]:
     """What a run is found by in MLflow, beside its parameters."""
     assert dls.prepared is not None
-    return {"fastray.fingerprint": dls.prepared.fingerprint, "fastray.data": str(dls.prepared.folder)}
+    return {"fastray.fingerprint": dls.prepared.fingerprint, "fastray.data": dls.prepared.where}
 
 
 def record_data(spool: Path, run: str, folder: Path, dls: DataLoaders) -> None:

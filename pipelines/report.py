@@ -34,7 +34,7 @@ def report_training(trained: "Trained", elsewhere: "Elsewhere", say: Say) -> Non
     say(f"run      {trained.run_id or 'not sent'}  in {shown(places().tracking)}")
     say(f"model    {trained.model_uri or 'not sent'}  exported to {trained.export}")
     assert learn.dls.prepared is not None
-    say(f"data     {learn.dls.prepared.folder}")
+    say(f"data     {learn.dls.prepared.where}")
     if trained.trouble:
         say(f"records  not all sent to MLflow: {trained.trouble}. They are in {trained.folder}")
     label, probability = elsewhere.answer()

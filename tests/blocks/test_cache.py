@@ -392,6 +392,18 @@ def test_prepared_at_a_url(
     assert not any(first.folder.parent.parent.glob("prepared/.*"))
 
 
+def test_copies_make_room_for_others(
+    few_digits: Path, digits_block: DataBlock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTRAY_CACHE", f"file://{tmp_path}/shared")
+    monkeypatch.setenv("HOME", str(tmp_path / "node"))
+    prepared = prepare(digits_block.plan(few_digits))
+    old = data_set(prepared.folder.parent, "old", 100_000, 1000.0)
+    monkeypatch.setenv("FASTRAY_CACHE_LIMIT", "90kB")
+    prepare(digits_block.plan(few_digits)).table(0)
+    assert not old.exists()
+
+
 def test_damage_at_a_url_is_noticed_by_who_fetches(few_digits: Path, digits_block: DataBlock, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTRAY_CACHE", f"file://{tmp_path}/shared")

@@ -129,3 +129,17 @@ def test_each_table_is_one_task() -> None:
     rows = [t.to_pylist() for t in map_on_ray(lambda t: pa.table({"rows": [t.num_rows], "n": [t["n"][0].as_py()]}), tables)]
     assert sorted(r["n"] for (r,) in rows) == [0, 1, 2, 3, 4]
     assert all(r["rows"] == r["n"] + 1 for (r,) in rows)
+
+
+def test_tasks_write_to_a_storage_url(
+    digits_block: DataBlock, few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the nodes of a cluster share no disk; each has its own copies."""
+    here = digits_block.dataloaders(few_digits).prepared
+    monkeypatch.setenv("FASTRAY_CACHE", f"file://{tmp_path}/shared")
+    monkeypatch.setenv("HOME", str(tmp_path / "node"))
+    there = dataloaders(digits_block, few_digits, cache="disk").prepared
+    assert here is not None
+    assert there is not None
+    assert there.where == f"file://{tmp_path}/shared/prepared/{there.fingerprint}"
+    assert [t.to_pylist() for t in there.tables()] == [t.to_pylist() for t in here.tables()]
