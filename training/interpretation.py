@@ -127,48 +127,63 @@ Interpretation._watcher = _Watch
 
 
 class _WatchClasses(_Watch):
-    confusion: Tensor
+    confusion: Tensor | None = None
+    counts: Tensor | None = None
 
     def count(self, learn: "Learner", decoded: Tensor, target: Tensor) -> None:
-        if target.is_floating_point() or decoded.shape != target.shape:
+        if decoded.shape != target.shape or (target.is_floating_point() and decoded.dtype is not torch.bool):
             raise TypeError(
-                f"a confusion matrix is of one class a target: here are targets of type {target.dtype} and shape "
-                f"{tuple(target.shape)} and predictions of shape {tuple(decoded.shape)}. Use Interpretation, or the metrics "
-                "for several labels"
+                f"classes are wanted, but here are targets of type {target.dtype} and shape {tuple(target.shape)}, and "
+                f"predictions of type {decoded.dtype} and shape {tuple(decoded.shape)}: use Interpretation"
             )
-        classes = learn.pred.shape[getattr(learn.loss_func, "axis", -1)]
-        counts = target != getattr(learn.loss_func, "ignore_index", None)
-        pairs = target[counts].flatten() * classes + decoded[counts].flatten()
-        found = torch.bincount(pairs.cpu(), minlength=classes * classes).view(classes, classes)
-        self.confusion = getattr(self, "confusion", 0) + found
+        if decoded.dtype is torch.bool:  # several labels a row
+            is_, said = target.bool().flatten(0, -2), decoded.flatten(0, -2)
+            found = torch.stack([(is_ & said).sum(0), is_.sum(0), said.sum(0)]).cpu()
+        else:
+            classes = learn.pred.shape[getattr(learn.loss_func, "axis", -1)]
+            counts = target != getattr(learn.loss_func, "ignore_index", None)
+            pairs = (target[counts] * classes + decoded[counts]).cpu()
+            confusion = torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
+            self.confusion = confusion if self.confusion is None else self.confusion + confusion
+            found = torch.stack([confusion.diag(), confusion.sum(1), confusion.sum(0)])
+        self.counts = found if self.counts is None else self.counts + found
 
     def more(self, learn: "Learner") -> dict[str, Any]:
-        names = learn.dls.vocab or tuple(str(i) for i in range(len(self.confusion)))
-        return {"vocab": names, "confusion": self.confusion}
+        assert self.counts is not None
+        names = learn.dls.vocab or tuple(str(i) for i in range(self.counts.shape[1]))
+        return {"vocab": names, "counts": self.counts, "confusion": self.confusion}
 
 
 @dataclass
 class ClassificationInterpretation(Interpretation):
-    """Also which classes are taken for which. confusion: (targets, predictions), counts. vocab: the classes' names."""
+    """Also which classes are taken for which.
+
+    vocab: the classes' names. counts: (3, classes), int64: how often each was rightly predicted, was the target, was predicted.
+    confusion: (targets, predictions), int64; None where a row may have several labels.
+    """
 
     vocab: Sequence[str] = ()
-    confusion: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
+    counts: Tensor = field(default_factory=lambda: torch.zeros(3, 0, dtype=torch.int64))
+    confusion: Tensor | None = None
 
     _watcher: ClassVar[type[_Watch]] = _WatchClasses
 
     def confusion_matrix(self) -> Tensor:
-        """How often each class (row) was predicted as each (column), int64."""
+        """How often each class (row) was predicted as each (column), int64. ValueError where a row may have several labels."""
+        if self.confusion is None:
+            raise ValueError("rows with several labels have no confusion matrix: see report()")
         return self.confusion
 
     def most_confused(self, min_val: int = 1) -> list[tuple[str, str, int]]:
         """(target, prediction, how often) of what was wrong at least `min_val` times, the most frequent first."""
-        wrong = self.confusion - self.confusion.diag().diag()
+        confusion = self.confusion_matrix()
+        wrong = confusion - confusion.diag().diag()
         found = [(self.vocab[t], self.vocab[p], int(wrong[t, p])) for t, p in (wrong >= max(min_val, 1)).nonzero().tolist()]
         return sorted(found, key=lambda confused: -confused[2])
 
     def report(self) -> dict[str, dict[str, float]]:
         """Precision, recall, F1 and the number of targets ("support") of each class; 0 where there is nothing to divide by."""
-        right, targets, predictions = self.confusion.diag().double(), self.confusion.sum(1), self.confusion.sum(0)
+        right, targets, predictions = self.counts
         precision, recall = right / predictions.clamp(min=1), right / targets.clamp(min=1)
         f1 = 2 * right / (targets + predictions).clamp(min=1)
         return {
@@ -177,7 +192,7 @@ class ClassificationInterpretation(Interpretation):
         }
 
     def print_classification_report(self) -> None:
-        """Print `report` as a table, and the accuracy."""
+        """Print `report` as a table, and the accuracy where a row has one class."""
         report = self.report()
         width = max(len(name) for name in ("accuracy", *report))
         columns = ("precision", "recall", "f1", "support")
@@ -185,15 +200,17 @@ class ClassificationInterpretation(Interpretation):
         for name, values in report.items():
             cells = [f"{values[column]:>10.3f}" for column in columns[:-1]]
             print(f"{name:>{width}}", *cells, f"{values['support']:>10}")
-        total = int(self.confusion.sum())
-        print(f"{'accuracy':>{width}}", " " * 21, f"{float(self.confusion.diag().sum()) / total:>10.3f} {total:>10}")
+        if self.confusion is not None:
+            total = int(self.confusion.sum())
+            print(f"{'accuracy':>{width}}", " " * 21, f"{float(self.confusion.diag().sum()) / total:>10.3f} {total:>10}")
 
     def plot_confusion_matrix(self, normalize: bool = False, figsize: tuple[float, float] | None = None) -> "Figure":
         """A figure of the confusion matrix; with `normalize`, as shares of each class's targets."""
         from matplotlib.figure import Figure
 
         n = len(self.vocab)
-        values = self.confusion.double() / self.confusion.sum(1, keepdim=True).clamp(min=1) if normalize else self.confusion
+        confusion = self.confusion_matrix()
+        values = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1) if normalize else confusion
         figure = Figure(figsize=figsize or (1.5 + 0.6 * n, 1.5 + 0.6 * n), layout="constrained")
         axes = figure.subplots()
         axes.imshow(values.numpy(), cmap="Blues")
@@ -214,8 +231,8 @@ class SegmentationInterpretation(ClassificationInterpretation):
 
     def iou(self) -> dict[str, float]:
         """Intersection over union of each class over all pixels; 0 for a class that neither occurs nor is predicted."""
-        right = self.confusion.diag().double()
-        either = self.confusion.sum(0) + self.confusion.sum(1) - self.confusion.diag()
+        right, targets, predictions = self.counts
+        either = targets + predictions - right
         return {name: float(right[i] / either[i].clamp(min=1)) for i, name in enumerate(self.vocab)}
 
 

@@ -85,6 +85,18 @@ def test_confusion_is_scikit_learns() -> None:
     assert [n for *_, n in confused] == sorted((n for *_, n in confused), reverse=True)
 
 
+def test_several_labels_have_a_report_but_no_confusion_matrix(capsys: pytest.CaptureFixture[str]) -> None:
+    labels = (LOGITS.roll(1, 0) > 0).float()
+    found = ClassificationInterpretation.from_learner(says_its_input(LOGITS, labels, BCEWithLogitsLossFlat()))
+    report = skm.classification_report(labels, LOGITS > 0, output_dict=True, zero_division=0.0)
+    for name, values in found.report().items():
+        assert list(values.values()) == pytest.approx([report[name][k] for k in ("precision", "recall", "f1-score", "support")])
+    found.print_classification_report()
+    assert "accuracy" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="rows with several labels have no confusion matrix"):
+        found.most_confused()
+
+
 def test_the_report_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     found = ClassificationInterpretation.from_learner(says_its_input(LOGITS, CLASSES, CrossEntropyLossFlat()))
     capsys.readouterr()
@@ -153,9 +165,9 @@ def test_real_pictures_are_drawn_with_their_names(few_digits: Path) -> None:
     [
         (
             ClassificationInterpretation,
-            lambda: says_its_input(LOGITS, (LOGITS > 0).float(), BCEWithLogitsLossFlat()),
+            lambda: says_its_input(LOGITS, LOGITS, MSELossFlat()),
             TypeError,
-            "a confusion matrix is of one class a target",
+            "classes are wanted, but here are targets of type torch.float32",
         ),
         (RegressionInterpretation, lambda: says_its_input(LOGITS, LOGITS, MSELossFlat()), TypeError, "one number a row"),
         (
