@@ -19,7 +19,7 @@ from blocks.encode import column_values, finish_sample, naming
 from blocks.errors import DataError, UnreadableRow
 from blocks.fingerprint import fingerprint
 from blocks.gather import Shard, stored_sample
-from blocks.plan import Encode, Fit, Plan, Work
+from blocks.plan import Encode, Fit, Plan, Work, empty_part
 from blocks.prepared import Prepared
 from blocks.rows import Rows
 from blocks.splits import TRAIN, VALID
@@ -45,7 +45,9 @@ def fit(plan: Plan, map_work: MapWork) -> tuple[list[dict[str, Any]], frozenset[
     for fits in plan.passes():
         encode = plan.encode_with(fitted)
         work = plan.work(min(BLOCK_ROWS, spread(plan.source.rows)), moved)
-        seen = _merged(map_work(partial(observe, encode, fits), list(enumerate(work))), encode, fits)
+        seen, rows = _merged(map_work(partial(observe, encode, fits), list(enumerate(work))), encode, fits)
+        if not rows[TRAIN]:  # of a table, this is known only now
+            raise DataError(empty_part("training", f"the splitter put none of the {plan.source.rows} rows into it"))
         for number, one in enumerate(fits):
             fresh = replace(_transform(encode, one))
             summaries = (seen[number, part] for part in (TRAIN, VALID))
@@ -62,17 +64,22 @@ def _summary(encode: Encode, one: Fit) -> Any:
     return _transform(encode, one).summary()
 
 
-def _merged(tables: Iterable[pa.Table], encode: Encode, fits: Sequence[Fit]) -> dict[tuple[int, int], Any]:
+def _merged(
+    tables: Iterable[pa.Table], encode: Encode, fits: Sequence[Fit]
+) -> tuple[dict[tuple[int, int], Any], dict[int, int]]:
+    # By fit and part the summary of all pieces, and by part how many rows there are.
     seen: dict[tuple[int, int], Any] = {}
+    rows = {TRAIN: 0, VALID: 0}
     for table in _in_order(tables):
         for row in table.to_pylist():
             key = (row["fit"], row["part"])
+            rows[row["part"]] += row["rows"] if row["fit"] == 0 else 0
             summary = type(_summary(encode, fits[row["fit"]])).from_plain(json.loads(row["summary"]))
             if key in seen:
                 seen[key].merge(summary)
             else:
                 seen[key] = summary
-    return seen
+    return seen, rows
 
 
 def _in_order(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -89,12 +96,16 @@ def observe(encode: Encode, fits: Sequence[Fit], numbered: tuple[int, Work]) -> 
     """What the rows of a piece tell each transform to fit: one row a (fit, part), the summary as JSON."""
     piece, work = numbered
     summaries = {(number, part): _summary(encode, one) for number, one in enumerate(fits) for part in (TRAIN, VALID)}
+    counts = {TRAIN: 0, VALID: 0}
     for rows, parts in work.blocks(BLOCK_ROWS):
+        for part in counts:
+            counts[part] += int((parts == part).sum())
         for number, one in enumerate(fits):
             _observe_rows(encode, one, rows, parts, [summaries[number, part] for part in (TRAIN, VALID)])
     found = [(n, p, json.dumps(s.to_plain())) for (n, p), s in summaries.items()]
     fit_numbers, fit_parts, texts = zip(*found, strict=True)
-    return pa.table({"piece": [piece] * len(found), "fit": fit_numbers, "part": fit_parts, "summary": texts})
+    of_part = [counts[part] for part in fit_parts]
+    return pa.table({"piece": [piece] * len(found), "fit": fit_numbers, "part": fit_parts, "rows": of_part, "summary": texts})
 
 
 def _observe_rows(encode: Encode, one: Fit, rows: Rows, parts: np.ndarray, summaries: Sequence[Any]) -> None:

@@ -279,6 +279,15 @@ def test_a_table_that_is_not_there(name: str, tmp_path: Path) -> None:
         block_of().plan(name if "://" in name else tmp_path / name)
 
 
+@pytest.mark.parametrize("get_y", [ColReader("kind"), ColReader("value")], ids=["fitted", "not fitted"])
+@pytest.mark.parametrize("part", ["training", "validation"])
+def test_an_empty_part_of_a_table(get_y: Any, part: str, frame: pd.DataFrame) -> None:
+    column = frame.assign(held=part == "training")
+    target = CategoryBlock() if get_y.cols == "kind" else NUMBER
+    with pytest.raises(DataError, match=f"the {part} part is empty"):
+        prepare(block_of(blocks=(NUMBER, target), get_y=get_y, splitter=ColSplitter("held")).plan(column))
+
+
 def test_a_folder_without_tables(few_digits: Path) -> None:
     with pytest.raises(DataError, match=r"holds no table.*get_items=get_image_files"):
         block_of().plan(few_digits)

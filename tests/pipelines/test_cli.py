@@ -165,7 +165,7 @@ def test_show_explains_and_draws(own_places: Path, monkeypatch: pytest.MonkeyPat
     assert run("show", "digits", monkeypatch=monkeypatch) == 0
     shown = capsys.readouterr().out
     assert "1797 files" in shown
-    assert "Categorize on the training part, one pass = 10 values" in shown
+    assert "Categorize on the training part, pass 1 = 10 values" in shown
     assert (own_places / "batch.png").stat().st_size > 10_000
 
 
