@@ -18,6 +18,7 @@ from blocks import (
     IndexSplitter,
     IntToFloatTensor,
     MaskBlock,
+    Normalize,
     PILImageBW,
     Pipeline,
     PointBlock,
@@ -195,3 +196,14 @@ def test_decoded_and_shown(folder: Path) -> None:
     (image, point), file = points.decode_batch(points.one_batch())[0], folder / points.one_batch().ids[0]
     x, y = middle_of(file)
     assert point[0].tolist() == pytest.approx([x * 40 / WIDTH, y], abs=1e-3)
+
+
+def test_normalize_learns_from_the_stored_training_rows(folder: Path) -> None:
+    data = block(ImageBlock(PILImageBW), PointBlock(), get_y=middle_of, item_tfms=Resize(32), batch_tfms=Normalize())
+    dls = data.dataloaders(folder, batch_size=9)
+    (batch,) = dls.train
+    pixels = as_plain(batch[0]).double() / 255
+    normalize = dls.batch_tfms.transforms[-1]
+    assert isinstance(normalize, Normalize)
+    assert normalize.mean == pytest.approx([float(pixels.mean())], rel=1e-12)
+    assert normalize.std == pytest.approx([float(pixels.std(correction=0))], rel=1e-12)
