@@ -25,7 +25,7 @@ from blocks.storage import is_url, shown
 
 TABLE_ENDINGS = (".parquet", ".csv", ".tsv")
 RANGE_BYTES = 4_000_000  # of CSV
-SPAN_ROWS = 65_536  # of a table in memory
+SPAN_ROWS = 65_536  # of a table in memory, or of a list
 
 
 class Piece(Protocol):
@@ -161,26 +161,29 @@ def list_source(items: Sequence[Any], root: str | Path | None) -> ListSource:
     """Items as a source; those that are files (a Path, or text that is a URL) are called by their path relative to `root`."""
     files = bool(items) and all(isinstance(item, Path) or _named_by_url(item) for item in items)
     base = "" if root is None else str(root) if is_url(str(root)) else str(Path(root).absolute())
-    if files and is_url(base):
-        known = {under(base, path): (size, time) for path, size, time in list_files(base)}
-        stats = [known.get(str(item), (0, 0)) for item in items]
-    else:
-        stats = [stat_of(item) for item in items]
-    ids = [_relative(item, base) for item in items] if files else range(len(items))
+    known = {under(base, path): (size, time) for path, size, time in list_files(base)} if files and is_url(base) else {}
+    # A stretch at a time, so that the driver holds little more of a file than its row of the listing.
+    stretches = [range(start, min(start + SPAN_ROWS, len(items))) for start in range(0, max(1, len(items)), SPAN_ROWS)]
+    listing = pa.concat_tables([_listed(items, of, base, known, files) for of in stretches]).combine_chunks()
+    return ListSource(_shown(base) or "a list", listing, pickled=not files)
+
+
+def _listed(items: Sequence[Any], of: range, base: str, known: dict[str, tuple[int, int]], files: bool) -> pa.Table:
+    some = items[of.start : of.stop]
+    stats = [known[item] if isinstance(item, str) and item in known else stat_of(item) for item in some]
     try:
-        names = pa.array(ids, pa.string() if files else pa.int64())
+        ids = pa.array([_relative(item, base) for item in some] if files else of, pa.string() if files else pa.int64())
     except UnicodeEncodeError as error:
         raise DataError(f"the file name {error.object!r} is not UTF-8: rename the file") from error
-    listing = pa.table(
+    return pa.table(
         {
-            "id": names,
+            "id": ids,
             # Anything else travels as it is, from the driver to the tasks of the same run.
-            "item": [str(item) for item in items] if files else [pickle.dumps(item) for item in items],
+            "item": pa.array([str(i) for i in some], pa.string()) if files else pa.array(map(pickle.dumps, some), pa.binary()),
             "size": pa.array([size for size, _ in stats], pa.int64()),
             "mtime_ns": pa.array([mtime for _, mtime in stats], pa.int64()),
         }
     )
-    return ListSource(_shown(base) or "a list", listing, pickled=not files)
 
 
 def _named_by_url(item: Any) -> bool:
