@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from blocks.dataloaders import DataLoaders
 from blocks.draws import sample_keys
 from blocks.splits import TRAIN, VALID
 from blocks.tensors import TensorBase, as_plain
@@ -49,6 +48,7 @@ from training.schedule import one_cycle as one_cycle_schedule
 from training.state import Position, generators, set_generators
 
 if TYPE_CHECKING:
+    from blocks.dataloaders import DataLoaders
     from training.ranks import Ranks
 
 Splitter = Callable[[nn.Module], Sequence[Sequence[nn.Parameter]]]
@@ -86,7 +86,7 @@ class Learner:
 
     def __init__(
         self,
-        dls: DataLoaders,
+        dls: "DataLoaders",
         model: nn.Module,
         loss_func: Callable[..., Tensor] | None = None,
         opt_func: OptimizerFunction = Adam,
@@ -630,7 +630,7 @@ class Learner:
     load = state.load
 
 
-def target_type(dls: DataLoaders) -> type[Tensor]:
+def target_type(dls: "DataLoaders") -> type[Tensor]:
     """The type of the data's last column: TensorCategory for class labels, Tensor where nothing is known."""
     first = next(iter(dls.train), None)
     if first is None:

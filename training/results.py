@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from blocks.dataloaders import input_tensor
 from blocks.splits import TRAIN, VALID
 from blocks.tensors import as_plain
 from training.callback import EVENTS, Callback
@@ -101,6 +100,8 @@ def predict(learn: "Learner", item: Any) -> Predicted:
     """Predict one item, given as `get_x` gives it: `decoded, prediction, activations = learn.predict(path)`."""
     if learn.dls.encode is None:
         raise ValueError("the data was not made from a DataBlock, so an item cannot be read: call get_preds on batches")
+    from blocks.dataloaders import input_tensor  # not with the Learner: it takes a while to import
+
     x = input_tensor(learn.dls.encode, item)
     preds, _, decoded = get_preds(learn, [(x[None],)], with_decoded=True)
     prediction = decoded[0]
