@@ -3,6 +3,7 @@
 torch, ray and mlflow are imported only where a command needs them, so that help and mistakes cost no waiting.
 """
 
+import gc
 import importlib.util
 import signal
 import sys
@@ -214,6 +215,7 @@ def main() -> NoReturn:
             for number in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not leave processes behind
                 signal.signal(number, signal.SIG_IGN)
             stop_ray()
+    gc.freeze()  # else Python looks through a million objects of the libraries once more before it ends
     sys.exit(code)
 
 
