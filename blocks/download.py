@@ -248,15 +248,20 @@ def _unpack_tar(archive: Path, ending: str, folder: Path) -> None:
                 links.append((place, os.path.relpath(_inside(folder, entry.linkname), place.parent)))
             else:
                 raise DataError(f"the archive's entry {entry.name!r} is a device or a pipe: it is not unpacked")
-    for place, target in links:  # a hard link becomes a symbolic one, which says the same
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.symlink_to(target)
     real = os.path.realpath(folder)
-    for place, target in links:  # only now: a link may lead through another
-        if not os.path.realpath(place).startswith(real + os.sep):
+
+    def check_inside(reached: Path, place: Path, target: str) -> None:
+        if not os.path.join(os.path.realpath(reached), "").startswith(os.path.join(real, "")):
             raise DataError(
                 f"the archive's link {place.relative_to(folder)} -> {target} leads outside of its folder: not unpacked"
             )
+
+    for place, target in links:  # a hard link becomes a symbolic one, which says the same
+        check_inside(place.parent, place, target)  # a link made before may stand in its path, and lead out
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(target)
+    for place, target in links:  # only now: a link may lead through another
+        check_inside(place, place, target)
 
 
 def _keep_time(place: Path, seconds: float) -> None:

@@ -239,6 +239,7 @@ MALICIOUS: dict[str, list[Entry]] = {
     "hard link above": [("link", "../../../etc/passwd", HARDLINK)],
     "file through a link": [("link", "..", SYMLINK), *entries({"link/evil.txt": b"x"})],
     "links through links": [("x/y/z/up", "../../..", SYMLINK), ("out", "x/y/z/up/../..", SYMLINK)],
+    "link through a link": [("out", "../../..", SYMLINK), ("out/evil", "x", SYMLINK), ("out/new/evil", "x", SYMLINK)],
     "device": [("null", "", tarfile.CHRTYPE)],
     "pipe": [("pipe", "", tarfile.FIFOTYPE)],
 }
