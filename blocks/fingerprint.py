@@ -144,6 +144,8 @@ def _file_of(cls: type) -> str | None:
 def _function(f: types.FunctionType, seen: dict[int, int]) -> Iterator[str]:
     if _of_a_library(f.__module__, f.__code__.co_filename):
         yield f"{f.__module__}:{f.__qualname__}"
+        if hasattr(f, "__wrapped__"):  # a library's decorator around a function of the user's
+            yield from _tokens(f.__wrapped__, seen)
         return
     if id(f) in seen:  # a function that calls itself, or one that two others call
         yield f"seen:{seen[id(f)]}"
@@ -153,14 +155,27 @@ def _function(f: types.FunctionType, seen: dict[int, int]) -> Iterator[str]:
     yield from _tokens([f.__defaults__, f.__kwdefaults__], seen)
     for cell in f.__closure__ or ():
         yield from _tokens(cell.cell_contents, seen)
-    for name in _names(f.__code__):
+    names = _names(f.__code__)
+    for name in names:
         used = f.__globals__.get(name)
         if isinstance(used, types.ModuleType):
-            yield f"module:{used.__name__}"
-            if not _of_a_library(used.__name__, getattr(used, "__file__", None)):
-                for inner in _names(f.__code__):
-                    if isinstance(vars(used).get(inner), types.FunctionType | type):
-                        yield from _tokens(vars(used)[inner], seen)
+            yield from _module(used, names, seen)
+        elif used is not None:
+            yield name
+            yield from _tokens(used, seen)
+
+
+def _module(
+    module: types.ModuleType, names: list[str], seen: dict[int, int], within: tuple[types.ModuleType, ...] = ()
+) -> Iterator[str]:
+    # Of a module of the user's, all that a function with these names in it may take from there: values, and other modules.
+    yield f"module:{module.__name__}"
+    if module in within or _of_a_library(module.__name__, getattr(module, "__file__", None)):
+        return
+    for name in names:
+        used = vars(module).get(name)
+        if isinstance(used, types.ModuleType):
+            yield from _module(used, names, seen, (*within, module))
         elif used is not None:
             yield name
             yield from _tokens(used, seen)

@@ -92,6 +92,18 @@ CHANGES = {
         "import types\nM = types.ModuleType('helpers')\nexec('def g(x):\\n    return x + 1', vars(M))\nf = lambda x: M.g(x)",
         "import types\nM = types.ModuleType('helpers')\nexec('def g(x):\\n    return x + 2', vars(M))\nf = lambda x: M.g(x)",
     ),
+    "value of a user's module": (
+        "import types\nM = types.ModuleType('settings')\nM.NAMES = ('a',)\nf = lambda x: M.NAMES[x]",
+        "import types\nM = types.ModuleType('settings')\nM.NAMES = ('b',)\nf = lambda x: M.NAMES[x]",
+    ),
+    "module of a user's module": (
+        "import types\nM = types.ModuleType('own')\nM.N = types.ModuleType('n')\nM.N.M, M.N.n = M, 1\nf = lambda x: M.N.M.N.n",
+        "import types\nM = types.ModuleType('own')\nM.N = types.ModuleType('n')\nM.N.M, M.N.n = M, 2\nf = lambda x: M.N.M.N.n",
+    ),
+    "function in a library's decorator": (
+        "import torch\n@torch.no_grad()\ndef f(x):\n    return x + 1",
+        "import torch\n@torch.no_grad()\ndef f(x):\n    return x + 2",
+    ),
     "class that a function uses": (
         "class C:\n    def g(self, x):\n        return x + 1\nf = lambda x: C().g(x)",
         "class C:\n    def g(self, x):\n        return x + 2\nf = lambda x: C().g(x)",
