@@ -178,7 +178,8 @@ class Feed:
         """One column of all rows of this part, in the order of the store, typed: for columns of small rows."""
         shards = shards_of(self.prepared)
         rows = shards.rows_of(self.part)
-        return gather(Share(rows, rows, len(rows)), shards, self.pad, shards.joined)[number]
+        (found,) = gather(Share(rows, rows, len(rows)), shards, self.pad, shards.joined, [list(shards.kinds)[number]])
+        return found
 
     def shard(self, rank: int, world: int) -> "Feed":
         """This feed as one of `world` ranks sees it."""

@@ -193,16 +193,22 @@ def shards_of(prepared: Prepared) -> Shards:
 
 
 def gather(
-    share: Share, shards: Shards, pad: Mapping[str, float], joined: Mapping[str, np.ndarray] | None = None
+    share: Share,
+    shards: Shards,
+    pad: Mapping[str, float],
+    joined: Mapping[str, np.ndarray] | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[torch.Tensor]:
     """The typed columns of a share, in the order of its samples.
 
-    pad: by column, what fills the rows of a ragged one up to the longest. joined: columns that lie in memory whole.
+    pad: by column, what fills the rows of a ragged one up to the longest. joined: columns that lie in memory whole. names: of
+    the columns that are wanted, by default all.
     """
     joined = joined or {}
     located = share.located
     columns: list[torch.Tensor] = []
-    for name, kind in shards.kinds.items():
+    for name in shards.kinds if names is None else names:
+        kind = shards.kinds[name]
         cut = share.span if share.span and name in share.span.columns else None
         if cut is None and name in joined:
             taken = joined[name].take(share.rows, axis=0)

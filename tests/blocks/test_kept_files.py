@@ -60,6 +60,13 @@ def test_validation_and_prediction_are_not_random(digits_block: DataBlock, few_d
             assert torch.equal(x, input_tensor(dls.encode, few_digits / row_id))
 
 
+def test_classes_are_balanced_where_files_are_kept(digits_block: DataBlock, few_digits: Path) -> None:
+    """Only the column that is asked for is read: encoded files are no column of a batch, and pictures may not fit in memory."""
+    dls = digits_block.new(item_tfms=RandomResizedCrop(12)).dataloaders(few_digits, batch_size=16)
+    assert len(dls.train.column(-1)) == dls.train.n  # type: ignore[attr-defined]
+    assert sum(len(batch[0]) for batch in dls.weighted().train) == dls.train.n  # type: ignore[attr-defined]
+
+
 def test_pictures_of_one_size_are_kept_as_pixels(digits_block: DataBlock, few_digits: Path) -> None:
     block = digits_block.new(item_tfms=[Resize(16), FlipItem(p=1.0)])
     dls = block.dataloaders(few_digits, batch_size=16)
