@@ -385,24 +385,23 @@ def csv_source(files: Sequence[str], name: str) -> TableSource:
     ranges: list[tuple[str, int, int, int, str]] = []
     schema: pa.Schema = None
     for file in files:
-        separator = "\t" if file.partition("?")[0].endswith(".tsv") else ","
+        separator = "\t" if _ending(file) == ".tsv" else ","
         filesystem, path = filesystem_of(file)
         with reading(file), filesystem.open_input_stream(path, compression=None) as opened:
             names: list[str] | None = None
             for start, stop, data in _whole_lines(opened):
                 if names is None:
-                    head = pacsv.read_csv(pa.BufferReader(data), parse_options=_lines(separator)).schema
-                    names, skip = head.names, True
-                else:
-                    skip = False
-                found = _parsed(data, separator, names, skip=skip)
+                    cut = _first_line(data)
+                    names = pacsv.read_csv(pa.BufferReader(data[:cut]), parse_options=_lines(separator)).column_names
+                    start, data = start + cut, data[cut:]
+                found = _parsed(data, separator, names)
                 if schema is not None and found.schema.names != schema.names:
                     raise DataError(
                         f"{named(file)} has other columns than {named(files[0])}: {_difference(found.schema, schema)}"
                     )
                 schema = found.schema if schema is None else _common(schema, found.schema)
                 if found.num_rows:
-                    ranges.append((file, start + (_first_line(data) if skip else 0), stop, found.num_rows, separator))
+                    ranges.append((file, start, stop, found.num_rows, separator))
     if schema is None:
         raise DataError(f"{name!r} holds no rows")
     spans = tuple(CsvSpan(*r, schema) for r in ranges)
@@ -426,19 +425,23 @@ def _whole_lines(opened: Any) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _first_line(data: bytes) -> int:
-    found = np.frombuffer(data, np.uint8)
+    # Where the first line ends that is not empty.
+    blank = len(data) - len(data.removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n"))
+    found = np.frombuffer(data, np.uint8)[blank:]
     ends = np.flatnonzero((found == ord("\n")) & (np.cumsum(found == ord('"')) % 2 == 0))
-    return int(ends[0]) + 1 if len(ends) else len(data)
+    return blank + int(ends[0]) + 1 if len(ends) else len(data)
 
 
 def _lines(separator: str) -> pacsv.ParseOptions:
     return pacsv.ParseOptions(delimiter=separator, newlines_in_values=True)
 
 
-def _parsed(data: bytes, separator: str, names: list[str], schema: pa.Schema = None, skip: bool = False) -> pa.Table:
+def _parsed(data: bytes, separator: str, names: list[str], schema: pa.Schema = None) -> pa.Table:
+    if not data.strip(b"\r\n"):  # what Arrow takes for no CSV at all
+        return pa.Table.from_arrays([pa.nulls(0)] * len(names), names)
     return pacsv.read_csv(
         pa.BufferReader(data),
-        pacsv.ReadOptions(column_names=names, skip_rows=int(skip), block_size=max(len(data), 1)),
+        pacsv.ReadOptions(column_names=names, block_size=max(len(data), 1)),
         _lines(separator),
         pacsv.ConvertOptions(strings_can_be_null=True, column_types=schema),
     )

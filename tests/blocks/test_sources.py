@@ -229,6 +229,24 @@ def test_a_csv_without_rows(text: str, tmp_path: Path) -> None:
         block_of().plan(tmp_path / "a.csv")
 
 
+@pytest.mark.parametrize(
+    "text", ["\n\na,b\n1,2\n", "\r\na,b\r\n1,2\r\n", '\ufeff"a",b\n1,2', "\ufeff\na,b\n\n1,2\n\n"], ids=repr
+)
+def test_the_first_line_of_csv_that_is_not_empty_names_the_columns(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(text.encode())
+    assert items_of(source_of(tmp_path / "a.csv", None), 10) == [{"a": 1, "b": 2}]
+
+
+def test_a_name_of_csv_in_two_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('"a\nor c",b\n1,2\n')
+    assert items_of(source_of(tmp_path / "a.csv", None), 10) == [{"a\nor c": 1, "b": 2}]
+
+
+def test_an_ending_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "A.TSV").write_text("a\tb\n1\t2\n")
+    assert items_of(source_of(tmp_path / "A.TSV", None), 10) == [{"a": 1, "b": 2}]
+
+
 def test_one_row(frame: pd.DataFrame, tmp_path: Path) -> None:
     for kind in (as_csv, as_parquet):
         assert items_of(source_of(kind(frame[:1], tmp_path), None), 10) == frame[:1].to_dict("records")
