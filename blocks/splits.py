@@ -308,6 +308,8 @@ class ColSplitter(Splitter):
         column = rows.column(self.col)
         if not len(column):
             return np.zeros(0, np.uint8)
+        if pa.types.is_dictionary(column.type):  # a pandas Categorical
+            column = column.dictionary_decode()
         if column.null_count:
             raise DataError(f"the column {self.col!r}, which splits the rows, is empty in {column.null_count} of them")
         if self.on is None:
@@ -315,5 +317,9 @@ class ColSplitter(Splitter):
                 raise DataError(f"the column {self.col!r} holds {column.type}, not true and false: name the values with on=")
             return np.asarray(pc.cast(column, pa.bool_()).to_numpy(zero_copy_only=False), np.uint8)
         wanted = self.on if isinstance(self.on, list | tuple | set | frozenset) else (self.on,)
-        chosen = pc.is_in(column, value_set=pa.array(list(wanted), column.type))
+        try:
+            values = pa.array(list(wanted), column.type)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise DataError(f"the column {self.col!r} holds {column.type}, so on={self.on!r} is none of its values") from error
+        chosen = pc.is_in(column, value_set=values)
         return np.asarray(chosen.to_numpy(zero_copy_only=False), np.uint8)

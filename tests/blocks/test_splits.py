@@ -207,6 +207,10 @@ def test_by_a_column() -> None:
             ColSplitter("fold").parts(rows)
         with pytest.raises(DataError, match="is empty in 1 of them"):
             ColSplitter("gap", on="a").parts(rows)
+        with pytest.raises(DataError, match=r"'n' holds int64, so on='valid' is none of its values"):
+            ColSplitter("n", on="valid").parts(rows)
+    coded = table.set_column(table.column_names.index("fold"), "fold", table["fold"].combine_chunks().dictionary_encode())
+    assert ColSplitter("fold", on=["a", "c"]).parts(Rows(ids, coded)).tolist() == [1, 0, 1]
     assert FuncSplitter(lambda row: row["n"] > 0).parts(Rows(ids, table)).tolist() == [0, 1, 1]
 
 
