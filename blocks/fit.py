@@ -17,7 +17,7 @@ import pyarrow as pa
 from blocks.draws import sample_keys
 from blocks.encode import column_values, finish_sample, naming
 from blocks.errors import DataError, UnreadableRow
-from blocks.fingerprint import fingerprint
+from blocks.fingerprint import NotFingerprintable, fingerprint
 from blocks.gather import Shard, stored_sample
 from blocks.plan import Encode, Fit, Plan, Work, empty_part
 from blocks.prepared import Prepared
@@ -140,8 +140,11 @@ def fitted_batch_side(plan: Plan, prepared: Prepared) -> Pipeline:
 
 
 def _fitted(t: Transform, prepared: Prepared) -> Transform:
-    kept = prepared.folder / f"fitted-{fingerprint(t)}.json"
-    if kept.exists():
+    try:
+        kept = prepared.folder / f"fitted-{fingerprint(t)}.json"
+    except NotFingerprintable:  # it could not be told from another one: learned anew each time
+        kept = None
+    if kept is not None and kept.exists():
         return transform_from_plain(json.loads(kept.read_text()))
     assert t.summary is not None
     fresh, summaries = replace(t), {part: t.summary() for part in (TRAIN, VALID)}
@@ -153,7 +156,8 @@ def _fitted(t: Transform, prepared: Prepared) -> Transform:
     fresh.setups(summaries[TRAIN], summaries[VALID])
     if not fresh.fitted:
         raise DataError(f"{type(t).__name__} finds nothing to learn from: no column of the data is of a type that it takes")
-    put(prepared.folder, kept.name, json.dumps(fresh.to_plain()).encode())
+    if kept is not None:
+        put(prepared.folder, kept.name, json.dumps(fresh.to_plain()).encode())
     return fresh
 
 

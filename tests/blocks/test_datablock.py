@@ -338,6 +338,27 @@ def test_the_batch_side_learns_from_the_stored_training_rows() -> None:
     assert again.batch_tfms == dls.batch_tfms
 
 
+NO_IDENTITY = object()
+
+
+@dataclass
+class ShareOfAnother(Share):
+    """With something in its code that has no fingerprint, as a logger has none."""
+
+    def setups(self, train: Total, valid: Total) -> set[Any]:
+        assert NO_IDENTITY is not None
+        return super().setups(train, valid)
+
+
+def test_the_batch_side_learns_anew_what_cannot_be_recognised() -> None:
+    block = block_of(batch_tfms=ShareOfAnother(), splitter=IndexSplitter((0,)))
+    for _ in range(2):
+        dls = block.dataloaders([10, 1, 2, 5], batch_size=4)
+        assert dls.batch_tfms.transforms == (ShareOfAnother(16),)
+        assert dls.prepared is not None
+        assert not list(dls.prepared.folder.glob("fitted-*.json"))
+
+
 @dataclass
 class ShareOfImages(Transform):
     """Of a type that no column has."""
