@@ -1,6 +1,7 @@
 """Files by path or URL: listed, described and read through pyarrow's file systems, or fsspec's where pyarrow has none."""
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -9,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
-from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem, PyFileSystem
 
 from blocks.errors import DataError
 from blocks.storage import filesystem, is_url, shown
@@ -49,7 +50,7 @@ def list_files(root: str | Path, recursive: bool = True) -> list[tuple[str, int,
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{named(root)} cannot be listed: {error}") from error
     files = (f for f in found if f.type == FileType.File)
-    return sorted((str(PurePosixPath(f.path).relative_to(path)), f.size or 0, f.mtime_ns or 0) for f in files)
+    return sorted((str(PurePosixPath(f.path).relative_to(path)), f.size or 0, _changed(filesystem, f)) for f in files)
 
 
 def describe_files(files: Sequence[str]) -> list[tuple[int, int]]:
@@ -61,8 +62,16 @@ def describe_files(files: Sequence[str]) -> list[tuple[int, int]]:
             info = filesystem.get_file_info(path)
         if info.type != FileType.File:
             raise DataError(f"there is no file {named(file)}: check the path")
-        described.append((info.size or 0, info.mtime_ns or 0))
+        described.append((info.size or 0, _changed(filesystem, info)))
     return described
+
+
+def _changed(filesystem: FileSystem, info: FileInfo) -> int:
+    # The time of change in ns. Of fsspec's file systems pyarrow learns none: a number by all that they know of the file.
+    if info.mtime_ns is not None or not isinstance(filesystem, PyFileSystem):
+        return info.mtime_ns or 0
+    key = str(filesystem.handler.fs.ukey(info.path))
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big")
 
 
 def named(file: str | Path) -> str:
