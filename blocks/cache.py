@@ -110,15 +110,14 @@ def in_use(folder: Path) -> bool:
 
 
 def remove(folder: Path) -> bool:
-    """Remove a folder of prepared data unless a live process uses it; whether it is gone."""
+    """Remove a folder of prepared data unless a live process uses it, or its storage cannot be reached; whether it is gone."""
     number = None
     try:
-        number = os.open(folder / USED, os.O_RDWR | os.O_CLOEXEC)
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(FileNotFoundError):
+            number = os.open(folder / USED, os.O_RDWR | os.O_CLOEXEC)
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         discard(folder)
-    except FileNotFoundError:
-        discard(folder)
-    except OSError:
+    except (OSError, UserError):
         return False
     finally:
         if number is not None:

@@ -431,6 +431,17 @@ def test_off_at_a_url(few_digits: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert folders(f"file://{tmp_path}/shared/prepared") == []
 
 
+def test_what_cannot_be_removed_now_stands_in_nobodys_way(tmp_path: Path) -> None:
+    """A run that ended left something at a storage that this process cannot reach: another one may, later."""
+    left = tmp_path / "home" / ".unfinished"
+    left.mkdir(parents=True)
+    (left / "remote").write_text("nowhere://bucket/prepared/x")
+    assert not remove(left)
+    sweep(tmp_path / "home")
+    (stays,) = (tmp_path / "home").iterdir()
+    assert (stays / "remote").read_text() == "nowhere://bucket/prepared/x"
+
+
 def test_another_run_finished_first_at_a_url(
     few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits_block: DataBlock
 ) -> None:
