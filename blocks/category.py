@@ -88,6 +88,8 @@ class MultiCategoryCounts(CategoryCounts):
                     self._add(label, 1, row_id)
 
     def observe_column(self, values: pa.Array, row_ids: pa.Array) -> None:
+        if not _of_lists(values):
+            return
         each = pa.table({"row": pc.list_parent_indices(values), "label": pc.list_flatten(values)})
         once = each.group_by(["row", "label"], use_threads=False).aggregate([])
         super().observe_column(once["label"].combine_chunks(), row_ids.take(once["row"].combine_chunks()))
@@ -105,6 +107,15 @@ def _labels(value: Any) -> list[str | None]:
             "of a text"
         )
     return [None if _missing(label) else str(label) for label in value]
+
+
+def _of_lists(values: pa.Array) -> bool:
+    # Whether a column holds lists; not when it is empty. DataError when it holds anything else, as of one such value.
+    if pa.types.is_nested(values.type):
+        return True
+    for value in values.drop_null()[:1].to_pylist():
+        _labels(value)
+    return False
 
 
 def _coded(values: pa.Array) -> tuple[np.ndarray, list[str | None]]:
@@ -265,6 +276,8 @@ class MultiCategorize(LabelLists):
         if values.null_count:
             raise DataError(f"{values.null_count} rows have no list of labels; an empty list says that no class applies")
         encoded = np.zeros((len(values), len(self.vocab)), np.float32)
+        if not _of_lists(values):
+            return encoded
         rows = pc.list_parent_indices(values).to_numpy(zero_copy_only=False)
         encoded[rows, self.indices_of(pc.list_flatten(values))] = 1
         return encoded

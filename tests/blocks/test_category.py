@@ -234,3 +234,20 @@ def test_one_hot_encode_follows_categorize() -> None:
     assert type(code) is TensorMultiCategory
     assert code.tolist() == [0, 1, 0]
     assert pipeline.decode(code) == ["b"]
+
+
+@pytest.mark.parametrize("values", [["a b", "c"], [1.5, 2.0], [None, True]], ids=repr)
+def test_a_column_of_no_lists_is_refused_as_a_value_is(values: list[Any]) -> None:
+    first = next(v for v in values if v is not None)
+    with pytest.raises(DataError) as of_value:
+        MultiCategorize(("a", "b")).encodes(first)
+    for act in (
+        lambda column: MultiCategoryCounts().observe_column(column, pa.array(range(len(values)))),
+        lambda column: MultiCategorize(("a", "b")).encodes_column(column.drop_null()),
+    ):
+        with pytest.raises(DataError, match="is not a list of labels") as of_column:
+            act(pa.array(values))
+        assert str(of_column.value) == str(of_value.value)
+    nothing = MultiCategoryCounts()
+    nothing.observe_column(pa.nulls(2), pa.array([0, 1]))
+    assert nothing == MultiCategoryCounts()
