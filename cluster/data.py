@@ -86,7 +86,7 @@ def map_on_ray(function: Callable[[Any], pa.Table], work: Sequence[Any]) -> Iter
             done, error = function(pickle.loads(table["work"][0].as_py())), None  # noqa: S301  the driver's own, of this run
         except Exception as raised:  # noqa: BLE001  carried to the driver and raised there
             raised.add_note(traceback.format_exc())
-            done, error = None, ray.cloudpickle.dumps(raised)
+            done, error = None, as_bytes(raised)
         result = None if done is None else pickle.dumps(done)
         return pa.table({"result": pa.array([result], pa.binary()), "error": pa.array([error], pa.binary())})
 
@@ -97,3 +97,18 @@ def map_on_ray(function: Callable[[Any], pa.Table], work: Sequence[Any]) -> Iter
             if row["error"] is not None:
                 raise ray.cloudpickle.loads(row["error"])
             yield pickle.loads(row["result"])  # noqa: S301  our own task's, of this run
+
+
+def as_bytes(error: Exception) -> bytes:
+    """An exception for `loads` in another process: itself, or a RuntimeError with its words where it cannot be made again."""
+    from ray import cloudpickle
+
+    try:
+        content = cloudpickle.dumps(error)
+        cloudpickle.loads(content)
+    except Exception:  # noqa: BLE001  whatever its own __init__ or __reduce__ raises
+        told = RuntimeError(f"{type(error).__name__}: {error}")
+        for note in getattr(error, "__notes__", ()):
+            told.add_note(note)
+        content = cloudpickle.dumps(told)
+    return content

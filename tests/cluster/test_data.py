@@ -13,7 +13,7 @@ import ray.data
 
 from blocks import CategoryBlock, ColReader, DataBlock, DataError, RandomSplitter, prepare
 from cluster import dataloaders
-from cluster.data import map_on_ray
+from cluster.data import as_bytes, map_on_ray
 
 pytestmark = pytest.mark.usefixtures("ray_running")
 
@@ -120,6 +120,25 @@ def test_unreadable_files_are_named(digits_block: DataBlock, few_digits: Path, t
     (folder / "1" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno picture")
     with pytest.raises(DataError, match=r"1 rows cannot be read, 0 are allowed:\n  1/broken.png: "):
         dataloaders(digits_block, folder)
+
+
+class OfTwo(Exception):
+    """An exception that cannot be made again from its message alone, as pickle would."""
+
+    def __init__(self, path: str, reason: str):
+        super().__init__(f"{path}: {reason}")
+
+
+def test_an_error_that_cannot_be_made_again_arrives_with_its_words() -> None:
+    error = OfTwo("a.png", "too dark")
+    error.add_note("while preparing 'x'")
+    found = ray.cloudpickle.loads(as_bytes(error))
+    assert type(found) is RuntimeError
+    assert str(found) == "OfTwo: a.png: too dark"
+    assert found.__notes__ == ["while preparing 'x'"]
+    whole = ray.cloudpickle.loads(as_bytes(DataError("no rows")))
+    assert type(whole) is DataError
+    assert str(whole) == "no rows"
 
 
 def test_each_table_is_one_task() -> None:
