@@ -10,6 +10,7 @@ the shards of its lanes, a few at a time, and global batch k is the same set of 
 
 import shutil
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property, partial
 from threading import Lock
@@ -111,25 +112,27 @@ class _Windows:
         self.drops = prepared.url is not None and prepared.nbytes > shutil.disk_usage(prepared.folder).total / 2
         self._cuts: dict[int, tuple[list[np.ndarray], list[int]]] = {}
         self._open: dict[tuple[int, int], np.ndarray] = {}  # of a lane's window: the positions of its rows in the store
-        self._left: dict[tuple[int, int], int] = {}  # and how many of them are still to come
+        # The first of its rows that was drawn, and how many were: threads may draw a batch before the one it follows.
+        self._first: dict[tuple[int, int], int] = {}
+        self._drawn: Counter[tuple[int, int]] = Counter()
 
     def rows(self, places: Sequence[tuple[int, int]]) -> np.ndarray:
         """The positions in the store of some rows, given by lane and position in it; opens the windows they lie in."""
         found = [self._place(*place) for place in places]
-        new = {window: place for window, place in reversed(found) if window not in self._open}
+        new = list(dict.fromkeys(window for window, _ in found if window not in self._open))
         self.shards.open(s for lane, number in new for s in self._cuts[lane][0][number].tolist())
-        for (lane, number), place in new.items():
-            self._open[lane, number] = self._rows(lane, number)
-            self._left[lane, number] = len(self._open[lane, number]) - place
-        for window, _ in found:
-            self._left[window] -= 1
+        self._open |= {window: self._rows(*window) for window in new}
+        for window, place in found:
+            self._first[window] = min(place, self._first.get(window, place))
+            self._drawn[window] += 1
         return np.array([self._open[window][place] for window, place in found])
 
     def leave(self) -> None:
         """Release the shards of the windows of which each row was drawn."""
-        for lane, number in [window for window, left in self._left.items() if left <= 0]:
+        for window in [w for w, rows in self._open.items() if self._first[w] + self._drawn[w] >= len(rows)]:
+            lane, number = window
             self.shards.release(self._cuts[lane][0][number].tolist(), self.drops)
-            del self._open[lane, number], self._left[lane, number]
+            del self._open[window]
 
     def _place(self, lane: int, position: int) -> tuple[tuple[int, int], int]:
         # The window of a lane's row, and its place there.

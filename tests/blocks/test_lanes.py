@@ -139,6 +139,18 @@ def test_an_epoch_that_was_left_keeps_nothing_open(made: Made) -> None:
     assert not feed._samples.shards._open
 
 
+def test_threads_that_overtake_each_other_leave_nothing_open(made: Made) -> None:
+    feed = Feed(made(6 * LANES * 3, 2, per_shard=3), TRAIN, 48, shuffle=True, lanes=True)
+    epoch = feed._samples.epoch(0)
+    seen: list[int] = []
+    for k in np.arange(len(feed)).reshape(-1, 2)[:, ::-1].reshape(-1).tolist():  # each second batch before the first
+        share = epoch.share(k)
+        assert share is not None
+        seen += share.rows.tolist()
+    assert len(set(seen)) == len(seen) == feed.n
+    assert not feed._samples.shards._open
+
+
 def test_a_lane_feed_goes_on_in_the_middle_of_an_epoch(made: Made) -> None:
     store = made(300, 5)
     feed = Feed(store, TRAIN, 16, shuffle=True, lanes=True, epoch=4)
