@@ -41,7 +41,7 @@ from training.composed import Optimizer
 from training.losses import loss_for
 from training.metrics import Metric, MetricFunction, as_metric
 from training.mixed_precision import MixedPrecision
-from training.optimizer import Adam, OptimizerFunction, freeze_to, group_hyper, one_group, parameter_groups, set_group_hyper
+from training.optimizer import Adam, OptimizerFunction, freeze_to, one_group, parameter_groups, set_group_hyper
 from training.schedule import MOMS, Moms, Phase, Schedule, flat, flat_cos, sgdr, total_epochs
 from training.schedule import fine_tune as fine_tune_schedule
 from training.schedule import one_cycle as one_cycle_schedule
@@ -337,7 +337,7 @@ class Learner:
     def _set_weight_decay(self) -> None:
         if self.wd is not None:
             for group in self.opt.param_groups:
-                if self.wd_bn_bias or group_hyper(group, "wd"):
+                if self.wd_bn_bias or group.get("decays", True):
                     set_group_hyper(group, "wd", self.wd)
 
     @property

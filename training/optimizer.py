@@ -265,7 +265,7 @@ _BETAS = {"mom": 0, "momentum": 0, "sqr_mom": 1}
 def parameter_groups(layers: Sequence[Sequence[nn.Parameter]], model: nn.Module) -> list[dict[str, Any]]:
     """Torch's parameter groups for our groups of layers: biases and normalisation are kept from weight decay.
 
-    Each has "layer_group", the number of the group of layers it belongs to.
+    Each has "layer_group", the number of the group of layers it belongs to; those without decay have "decays": False.
     """
     undecayed = {id(p) for p in _norm_parameters(model)} | {
         id(p) for name, p in model.named_parameters() if "bias" in name.rpartition(".")[2]
@@ -277,7 +277,7 @@ def parameter_groups(layers: Sequence[Sequence[nn.Parameter]], model: nn.Module)
         if decayed:
             groups.append({"params": decayed, "layer_group": number})
         if bare:
-            groups.append({"params": bare, "layer_group": number, "weight_decay": 0.0})
+            groups.append({"params": bare, "layer_group": number, "decays": False, "weight_decay": 0.0})
     return groups
 
 

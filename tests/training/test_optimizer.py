@@ -8,8 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training import Adam, body_and_head
-from training.optimizer import OptimWrapper, freeze_to, get_hyper, one_group, parameter_groups, set_hyper, set_rates
+from training import SGD, Adam, body_and_head
+from training.optimizer import (
+    OptimizerFunction,
+    OptimWrapper,
+    freeze_to,
+    get_hyper,
+    one_group,
+    parameter_groups,
+    set_hyper,
+    set_rates,
+)
+
+from .toy import learner
 
 
 def model() -> nn.Sequential:
@@ -202,3 +213,14 @@ def test_a_hyper_parameter_is_set_for_each_group_of_layers(value: Any, expected:
 
 def test_adam_takes_part_of_its_numbers_ahead() -> None:
     assert partial(Adam, wd=0.2)(model().parameters()).defaults["wd"] == 0.2
+
+
+@pytest.mark.parametrize("opt_func", [Adam, SGD, torch.optim.SGD])
+def test_a_learner_sets_the_decay_of_any_optimizer(opt_func: OptimizerFunction) -> None:
+    """Also of one whose own decay is 0, and again after a fit without any; not that of biases."""
+    learn = learner(opt_func=opt_func, wd=0.5)
+    assert set(get_hyper(learn.opt, "wd")) == {0.5, 0.0}
+    for wd in (0.0, 0.25):
+        learn.fit(1, wd=wd)
+        assert get_hyper(learn.opt, "wd") == [wd if group.get("decays", True) else 0.0 for group in learn.opt.param_groups]
+    assert set(get_hyper(learn.opt, "wd")) == {0.25, 0.0}
