@@ -35,6 +35,7 @@ class MixedPrecision(Callback):
                 self._scaler.load_state_dict(self.scale)
 
     def before_batch(self, learn: "Learner") -> None:
+        self._leave()  # of an epoch that was cancelled
         self._autocast = torch.autocast(learn.device.type, self.dtype)
         self._autocast.__enter__()
 
@@ -57,6 +58,12 @@ class MixedPrecision(Callback):
                 raise CancelStepException
 
     def after_cancel_batch(self, learn: "Learner") -> None:
+        self._leave()
+
+    def after_train(self, learn: "Learner") -> None:
+        self._leave()  # where more than a batch was cancelled before the prediction
+
+    def after_validate(self, learn: "Learner") -> None:
         self._leave()
 
     def after_fit(self, learn: "Learner") -> None:

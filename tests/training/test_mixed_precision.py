@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from training import Callback, ChannelsLast, GradientAccumulation, GradientClip, Learner, MixedPrecision
+from training import (
+    Callback,
+    CancelEpochException,
+    CancelFitException,
+    CancelTrainException,
+    ChannelsLast,
+    GradientAccumulation,
+    GradientClip,
+    Learner,
+    MixedPrecision,
+)
 from training.testing import tiny_learner
 
 
@@ -113,3 +123,16 @@ def test_channels_last_changes_the_layout_and_no_value() -> None:
     here.fit(1)
     assert all(layouts)
     assert there.recorder.history[0]["valid/loss"] == pytest.approx(here.recorder.history[0]["valid/loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("cancel", [CancelTrainException, CancelEpochException, CancelFitException])
+def test_nothing_stays_in_half_precision_when_more_than_a_batch_is_cancelled(cancel: type[Exception]) -> None:
+    class Cancels(Callback):
+        order = 20
+
+        def before_batch(self, learn: Learner) -> None:
+            if learn.training:
+                raise cancel
+
+    tiny_learner(MixedPrecision(), Cancels()).fit(2)
+    assert not torch.is_autocast_enabled("cpu")
