@@ -192,6 +192,9 @@ class Learner:
 
         def __getattr__(self, name: str) -> Any:
             """The callback of that name: `learn.save_best` is the `SaveBest` it has."""
+            own = getattr(type(self), name, None)
+            if isinstance(own, property):  # it failed: its own error says more, such as that of a splitter
+                return own.__get__(self)
             found = [c for c in self.__dict__.get("callbacks", ()) if _snake(c.name) == name]
             if not found:
                 raise AttributeError(f"this Learner has neither an attribute nor a callback {name!r}")

@@ -554,3 +554,10 @@ def test_the_state_of_a_cancelled_training_is_that_of_its_last_step() -> None:
     one_step = learner(data(train=(4,)))
     one_step.fit(1)
     assert_same(saved_and_loaded(learn.state_dict())["model"], weights(one_step))
+
+
+def test_the_error_of_a_splitter_is_its_own() -> None:
+    """An AttributeError inside of a property would be told as one of the Learner's."""
+    learn = Learner(data(), linear(), CrossEntropyLossFlat(), splitter=lambda model: [list(model.body.parameters())])
+    with pytest.raises(AttributeError, match="'Linear' object has no attribute 'body'"):
+        learn.fit(1)
