@@ -37,6 +37,9 @@ class GradientAccumulation(Callback):
         torch._foreach_div_(gradients, float(self.rows))
         self.rows = 0
 
+    def after_train(self, learn: "Learner") -> None:
+        learn.opt.zero_grad()  # what is left where the part was cut short, by ShortEpoch for one
+
     def state_dict(self) -> dict[str, int]:
         return {"rows": self.rows}
 

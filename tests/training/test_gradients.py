@@ -5,7 +5,16 @@ import torch
 from torch import Tensor, nn
 
 from blocks import DataLoaders
-from training import BnFreeze, Callback, CrossEntropyLossFlat, GradientAccumulation, GradientClip, Learner, Phase
+from training import (
+    BnFreeze,
+    Callback,
+    CrossEntropyLossFlat,
+    GradientAccumulation,
+    GradientClip,
+    Learner,
+    Phase,
+    ShortEpoch,
+)
 from training.testing import tiny_learner
 
 
@@ -74,3 +83,12 @@ def test_statistics_of_frozen_layers_stay(frozen: bool) -> None:
     learn.fit((Phase(1, freeze_to=-1 if frozen else 0, train_bn=False),))
     stayed = all(torch.equal(before[k], b) for k, b in learn.model.named_buffers())
     assert stayed == frozen
+
+
+def test_what_a_cut_epoch_leaves_does_not_get_into_the_next() -> None:
+    """Two epochs of 3 of 6 batches: one step over the first two each, and the gradient of the third is let go."""
+    cut = linear_learner((2,) * 6, GradientAccumulation(4), ShortEpoch(0.5))
+    whole = linear_learner((4, 4, 4), ShortEpoch(0.3))
+    cut.fit(2)
+    whole.fit(2)
+    torch.testing.assert_close(weights(cut), weights(whole))
