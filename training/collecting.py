@@ -88,8 +88,11 @@ class CollectData(Callback):
 
     order = 50
 
-    def before_epoch(self, learn: "Learner") -> None:
+    def __init__(self) -> None:
         self.data: list[tuple[Any, ...]] = []
+
+    def before_epoch(self, learn: "Learner") -> None:
+        self.data = []
 
     def after_batch(self, learn: "Learner") -> None:
         self.data.append(_on_cpu((tuple(map(as_plain, learn.xb)), tuple(map(as_plain, learn.yb)), learn.pred, learn.loss)))

@@ -73,3 +73,10 @@ def test_repeated_predictions_differ_by_dropout() -> None:
     first, second = learn.get_preds()[0], learn.get_preds()[0]
     assert not torch.equal(first, second)
     assert torch.equal(*(tiny_learner().get_preds()[0] for _ in range(2)))
+
+
+def test_batches_of_a_validation_before_any_epoch() -> None:
+    collect = CollectData()
+    learn = tiny_learner(collect)
+    learn.validate()
+    assert len(collect.data) == len(learn.dls.valid)
