@@ -273,6 +273,9 @@ class Learner:
             self.position, self._to_restore = Position(), None
             while self.position.epochs_before(phases) < start_epoch:
                 self.position = self.position.next_epoch(phases)
+            begun = phases[self.position.phase]
+            if self.position.epoch and begun.freeze_to is not None:  # else the loop does so where the phase begins
+                self.freeze_to(begun.freeze_to, begun.train_bn)
             if self._opt is not None:
                 self._opt.zero_grad()
             self._run()

@@ -561,3 +561,9 @@ def test_the_error_of_a_splitter_is_its_own() -> None:
     learn = Learner(data(), linear(), CrossEntropyLossFlat(), splitter=lambda model: [list(model.body.parameters())])
     with pytest.raises(AttributeError, match="'Linear' object has no attribute 'body'"):
         learn.fit(1)
+
+
+def test_a_run_that_begins_within_a_phase_freezes_as_the_phase_says() -> None:
+    learn = Learner(data(), deep(), CrossEntropyLossFlat(), splitter=body_and_head)
+    learn.fit(fine_tune(1, freeze_epochs=2)[:1], start_epoch=1)
+    assert [p.requires_grad for p in learn.layer_groups[0]] == [False, False, True, True]  # BatchNorm trains
