@@ -107,7 +107,7 @@ class AvgMetric(Metric):
 def accuracy(pred: Tensor, targ: Tensor, axis: int = -1) -> Tensor:
     """The share of targets that are where `pred` is largest along `axis`, as a scalar."""
     # Double, since in float32 it would not add up to whole rows over many batches.
-    return (pred.argmax(dim=axis) == targ).double().mean()
+    return _equal(pred.argmax(dim=axis), targ).double().mean()
 
 
 def error_rate(pred: Tensor, targ: Tensor, axis: int = -1) -> Tensor:
@@ -118,18 +118,32 @@ def error_rate(pred: Tensor, targ: Tensor, axis: int = -1) -> Tensor:
 def top_k_accuracy(pred: Tensor, targ: Tensor, k: int = 5, axis: int = -1) -> Tensor:
     """The share of targets that are among the `k` largest of `pred` along `axis`."""
     best = pred.movedim(axis, -1).topk(k, dim=-1).indices
-    return (best == targ.unsqueeze(-1)).any(-1).double().mean()
+    return (best == _alike(best[..., 0], targ).unsqueeze(-1)).any(-1).double().mean()
 
 
 def accuracy_multi(pred: Tensor, targ: Tensor, thresh: float = 0.5, sigmoid: bool = True) -> Tensor:
     """The share of right answers of several labels: whether the probability is above `thresh` or not."""
-    return (((pred.sigmoid() if sigmoid else pred) > thresh) == targ.bool()).double().mean()
+    return _equal((pred.sigmoid() if sigmoid else pred) > thresh, targ.bool()).double().mean()
 
 
 def foreground_acc(pred: Tensor, targ: Tensor, bkg_idx: int = 0, axis: int = 1) -> tuple[Tensor, Tensor]:
     """Right pixels among those whose target is not the background, as (sum, count)."""
-    foreground = targ != bkg_idx
-    return (pred.argmax(dim=axis) == targ)[foreground].sum(), foreground.sum()
+    foreground = _alike(pred.argmax(dim=axis), targ) != bkg_idx
+    return _equal(pred.argmax(dim=axis), targ)[foreground].sum(), foreground.sum()
+
+
+def _equal(said: Tensor, targ: Tensor) -> Tensor:
+    return said == _alike(said, targ)
+
+
+def _alike(said: Tensor, targ: Tensor) -> Tensor:
+    # (rows, 1) fits (rows,), as for the losses; compared as they are, each row would meet every other one.
+    if said.numel() != targ.numel():
+        raise ValueError(
+            f"the metric compares predictions of shape {tuple(said.shape)} with targets of shape {tuple(targ.shape)}: "
+            "give it the axis of the classes, such as partial(accuracy, axis=1) for (rows, classes, height, width)"
+        )
+    return targ.reshape(said.shape)
 
 
 def mse(pred: Tensor, targ: Tensor) -> Tensor:
@@ -181,7 +195,12 @@ def LossMetrics(attrs: str | Sequence[str], loss_func: Any) -> list[AvgMetric]: 
 
 def BrierScore() -> AvgMetric:  # noqa: N802
     """The mean squared difference of the second class's probability and whether it is the target, of two classes."""
-    return AvgMetric(lambda pred, targ: _last_probability(pred, targ)[0].sub(targ).square().mean(), False, "brier_score_loss")
+
+    def score(pred: Tensor, targ: Tensor) -> Tensor:
+        probability, is_second = _last_probability(pred, targ)
+        return probability.sub(is_second).square().mean()
+
+    return AvgMetric(score, False, "brier_score_loss")
 
 
 def BrierScoreMulti(sigmoid: bool = True) -> AvgMetric:  # noqa: N802

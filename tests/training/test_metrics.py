@@ -1,11 +1,13 @@
 """Metrics: exact means over rows."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
-from training import AvgMetric, accuracy, error_rate
-from training.metrics import as_metric
+from training import AvgMetric, BrierScore, accuracy, accuracy_multi, error_rate, foreground_acc, top_k_accuracy
+from training.metrics import MetricFunction, as_metric
 
 PRED = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [0.0, 0.0, 1.0], [5.0, 0.0, 1.0]])
 TARG = torch.tensor([0, 1, 1, 0])
@@ -79,3 +81,29 @@ def test_a_metric_keeps_no_graph() -> None:
 def test_what_is_no_metric_is_refused(wrong: object) -> None:
     with pytest.raises(TypeError, match=r"a metric is a function of \(pred, targ\) or a Metric such as AvgMetric"):
         as_metric(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [accuracy, error_rate, partial(top_k_accuracy, k=2), partial(foreground_acc, axis=-1)],
+    ids=["", "error", "k", "foreground"],
+)
+def test_targets_with_an_axis_of_one_are_the_same_targets(metric: MetricFunction) -> None:
+    """The loss takes them, too. Compared as they are, each prediction would meet every target."""
+    plain, one_more = (as_metric(metric) for _ in range(2))
+    plain.accumulate(PRED, TARG, 4)
+    one_more.accumulate(PRED, TARG[:, None], 4)
+    assert one_more.state() == plain.state()
+
+
+def test_one_label_an_output_of_its_own() -> None:
+    logits = torch.tensor([[9.0], [-9.0], [9.0]])
+    assert accuracy_multi(logits, torch.tensor([1.0, 0.0, 1.0])).item() == 1
+    two_classes = as_metric(BrierScore())
+    two_classes.accumulate(torch.tensor([[-99.0, 0.0], [0.0, -99.0]]), torch.tensor([[1], [0]]), 2)
+    assert two_classes.value([two_classes.state()]) == pytest.approx(0)
+
+
+def test_predictions_that_do_not_fit_the_targets_are_told() -> None:
+    with pytest.raises(ValueError, match=r"axis=1"):
+        accuracy(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64))
