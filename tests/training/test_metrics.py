@@ -9,6 +9,8 @@ from torch import Tensor
 from training import AvgMetric, BrierScore, accuracy, accuracy_multi, error_rate, foreground_acc, top_k_accuracy
 from training.metrics import MetricFunction, as_metric
 
+from .toy import learner
+
 PRED = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [0.0, 0.0, 1.0], [5.0, 0.0, 1.0]])
 TARG = torch.tensor([0, 1, 1, 0])
 
@@ -107,3 +109,16 @@ def test_one_label_an_output_of_its_own() -> None:
 def test_predictions_that_do_not_fit_the_targets_are_told() -> None:
     with pytest.raises(ValueError, match=r"axis=1"):
         accuracy(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64))
+
+
+def test_a_partial_has_the_name_and_the_direction_of_its_function() -> None:
+    metric = as_metric(partial(error_rate, axis=-1))
+    assert (metric.name, metric.higher_is_better) == ("error_rate", False)
+
+
+def test_of_two_metrics_with_one_name_none_is_lost_in_silence() -> None:
+    top = [partial(top_k_accuracy, k=k) for k in (1, 2)]
+    with pytest.raises(ValueError, match="called top_k_accuracy"):
+        learner(metrics=top)
+    learn = learner(metrics=[AvgMetric(function, name=f"top {k}") for k, function in enumerate(top, 1)])
+    assert learn.validate().keys() == {"valid/loss", "valid/top 1", "valid/top 2"}
