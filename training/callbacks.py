@@ -89,8 +89,9 @@ class Recorder(Callback):
             return
         # The sum stays on the device: reading it at each batch would make the host wait for a GPU.
         if learn.rows:
-            self._loss += learn.loss.detach().to(torch.float64) * learn.loss_count
-            self._count += learn.loss_count
+            # Not in place: what a resumed epoch has so far is on the CPU.
+            self._loss = self._loss + learn.loss.detach().to(torch.float64) * learn.loss_count
+            self._count = self._count + learn.loss_count
             self._rows += learn.rows
         if learn.training:
             group = learn.opt.param_groups[-1]
@@ -175,22 +176,17 @@ class Recorder(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         steps = {name: list(getattr(self, name)) for name in _BY_STEP}
+        steps["losses"] += map(float, self._step_losses)
         sums = {"loss": self._loss.clone(), "count": self._count.clone(), "rows": self._rows}
-        steps_of_epoch = [float(loss) for loss in self._step_losses]
-        return {
-            "history": [dict(values) for values in self.history],
-            "values": dict(self.values),
-            "sums": sums,
-            "step_losses": steps_of_epoch,
-            **steps,
-        }
+        history = [dict(values) for values in self.history]
+        return {"history": history, "values": dict(self.values), "sums": sums, **steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history = [dict(values) for values in state["history"]]
         self.values = dict(state["values"])
         sums = state["sums"]
         self._loss, self._count, self._rows = sums["loss"].clone(), sums["count"].clone(), sums["rows"]
-        self._step_losses = [torch.tensor(loss) for loss in state["step_losses"]]
+        self._step_losses = []
         for name in _BY_STEP:
             setattr(self, name, list(state[name]))
 

@@ -98,6 +98,7 @@ class GANTrainer(Callback):
 
     def after_batch(self, learn: Learner) -> None:
         if learn.training and learn.loss is not None:
+            self._sums = self._sums.to(learn.device)  # those of a run that goes on come from the CPU
             sums = self._sums[0 if self.gen_mode else 1]
             sums[0] += learn.loss.double() * learn.rows
             sums[1] += learn.rows

@@ -1,8 +1,10 @@
 """The callbacks every Learner has: the record, its plots and its table, the bar."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from training import Progress, Recorder
 from training.callbacks import smoothed
@@ -68,3 +70,21 @@ def test_a_bar_is_drawn_where_somebody_watches_only(
     assert "validation" in watched.err
     assert next(c for c in learn.callbacks if isinstance(c, Progress))._bar is None
     assert watched.out.count("\n") == 1
+
+
+def test_an_epoch_that_is_gone_on_with_on_a_gpu_is_recorded() -> None:
+    """What it has so far was loaded to the CPU, what comes is on the device, for which "meta" stands."""
+    begun = Recorder()
+    begun.before_train(tiny_learner())
+    batch = SimpleNamespace(yb=(1,), loss=torch.tensor(0.5), loss_count=4, rows=4, training=True)
+    batch.opt = tiny_learner().opt
+    begun.after_batch(batch)  # type: ignore[arg-type]
+    state = begun.state_dict()
+    assert (state["losses"], state["sums"]["loss"]) == ([0.5], 2.0)
+
+    resumed = Recorder()
+    resumed.load_state_dict(state)
+    batch.loss = torch.tensor(0.5, device="meta")
+    resumed.after_batch(batch)  # type: ignore[arg-type]
+    assert resumed._loss.device == batch.loss.device
+    assert torch.stack(resumed._step_losses).device == batch.loss.device
