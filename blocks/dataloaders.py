@@ -9,8 +9,10 @@ import torch
 
 from blocks.draws import sample_keys
 from blocks.encode import decode_sample, encode_sample
+from blocks.errors import UserError
 from blocks.feed import Batch, Feed
 from blocks.fit import fitted_batch_side
+from blocks.items import ItemGetter
 from blocks.newitems import NewItems, only_inputs
 from blocks.plan import BatchSide, Encode, Plan, the_item
 from blocks.prepared import Prepared
@@ -166,11 +168,20 @@ def dataloaders_of(plan: Plan, prepared: Prepared, *, batch_size: int, seed: int
     return dls.new(**side.feed)
 
 
-def input_tensor(encode: Encode, item: Any) -> torch.Tensor:
-    """The input column of one item, encoded as validation data are: `item` is what `get_x` gives."""
-    x = replace(encode.columns[0], getter=the_item, keeps_file=False)
-    at_once = replace(encode, columns=(x,), item_tfms=encode.item_tfms + encode.each_epoch, each_epoch=Pipeline())
-    return encode_sample(at_once, str(item)[:200], item)[0]
+def input_tensors(encode: Encode, item: Any) -> tuple[torch.Tensor, ...]:
+    """The input columns of one item, encoded as validation data are: `item` is what `get_x` gives, a tuple for several inputs.
+
+    UserError when that has not as many parts as there are inputs.
+    """
+    one = encode.n_inp == 1
+    if not one and (not isinstance(item, tuple | list) or len(item) != encode.n_inp):
+        raise UserError(f"an item is a tuple of {encode.n_inp} inputs, not {item!r:.200}")
+    inputs = [
+        replace(column, getter=the_item if one else ItemGetter(number), keeps_file=False)
+        for number, column in enumerate(encode.columns[: encode.n_inp])
+    ]
+    at_once = replace(encode, columns=tuple(inputs), item_tfms=encode.item_tfms + encode.each_epoch, each_epoch=Pipeline())
+    return tuple(at_once.flat(encode_sample(at_once, str(item)[:200], item)).values())
 
 
 def _size(loader: Any) -> str:

@@ -97,16 +97,19 @@ class Predicted(NamedTuple):
 
 
 def predict(learn: "Learner", item: Any) -> Predicted:
-    """Predict one item, given as `get_x` gives it: `decoded, prediction, activations = learn.predict(path)`."""
+    """Predict one item, given as `get_x` gives it: `decoded, prediction, activations = learn.predict(path)`.
+
+    Several inputs are a tuple. decoded: the class, the tuple of those that apply, or the prediction itself: numbers, a mask.
+    """
     if learn.dls.encode is None:
         raise ValueError("the data was not made from a DataBlock, so an item cannot be read: call get_preds on batches")
-    from blocks.dataloaders import input_tensor  # not with the Learner: it takes a while to import
+    from blocks.dataloaders import input_tensors  # not with the Learner: it takes a while to import
 
-    x = input_tensor(learn.dls.encode, item)
-    preds, _, decoded = get_preds(learn, [(x[None],)], with_decoded=True)
+    row = tuple(x[None] for x in input_tensors(learn.dls.encode, item))
+    preds, _, decoded = get_preds(learn, [row], with_decoded=True)
     prediction = decoded[0]
     names = learn.dls.vocab
-    if not names:
+    if not names or prediction.ndim > 1:
         return Predicted(prediction, prediction, preds[0])
     if prediction.ndim == 0:
         return Predicted(names[int(prediction)], prediction, preds[0])

@@ -33,7 +33,7 @@ from blocks import (
     Transform,
     TransformBlock,
 )
-from blocks.dataloaders import class_weights, input_tensor
+from blocks.dataloaders import class_weights, input_tensors
 from blocks.draws import sample_keys, uniform
 from blocks.shards import as_array
 from blocks.splits import TRAIN, VALID
@@ -125,7 +125,7 @@ def test_an_input_is_encoded_as_it_was_for_training(dls: DataLoaders, few_digits
     row_id, pixels = next(iter(stored(dls).items()))
     file = few_digits / row_id
     for item in (file, file.read_bytes(), PILImage.create(file)):
-        tensor = input_tensor(dls.encode, item)
+        (tensor,) = input_tensors(dls.encode, item)
         assert type(tensor) is TensorImage
         assert np.array_equal(tensor.numpy(), pixels)
 

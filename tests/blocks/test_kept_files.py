@@ -25,7 +25,7 @@ from blocks import (
     TensorMask,
     prepare,
 )
-from blocks.dataloaders import input_tensor
+from blocks.dataloaders import input_tensors
 from blocks.encode import from_stored, to_stored
 
 
@@ -57,7 +57,7 @@ def test_validation_and_prediction_are_not_random(digits_block: DataBlock, few_d
     assert dls.encode is not None
     for batch in dls.valid:
         for row_id, x in zip(batch.ids, batch[0], strict=True):
-            assert torch.equal(x, input_tensor(dls.encode, few_digits / row_id))
+            assert torch.equal(x, input_tensors(dls.encode, few_digits / row_id)[0])
 
 
 def test_classes_are_balanced_where_files_are_kept(digits_block: DataBlock, few_digits: Path) -> None:

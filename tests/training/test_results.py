@@ -5,13 +5,28 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from blocks import DataBlock, DataLoaders, Pipeline, RandTransform, TensorBase
+from blocks import (
+    CategoryBlock,
+    DataBlock,
+    DataLoaders,
+    ImageBlock,
+    ItemGetter,
+    MaskBlock,
+    Pipeline,
+    RandomSplitter,
+    RandTransform,
+    RegressionBlock,
+    TensorBase,
+    get_image_files,
+)
 from blocks.draws import uniform
 from training import CrossEntropyLossFlat, Learner, MixedPrecision, MSELossFlat, accuracy, body_and_head, precision_callbacks
 from training.optimizer import group_hyper
@@ -319,3 +334,36 @@ def test_what_has_no_dataloaders_can_be_predicted() -> None:
     rows = batches((4, 3))
     learn = learner(SimpleNamespace(train=rows, valid=rows))
     assert len(learn.get_preds()[0]) == 7
+
+
+def test_predict_of_a_mask_gives_its_pixels(few_digits: Path) -> None:
+    """Its classes have names, too, but it is not a list of them."""
+    block = DataBlock(
+        blocks=(ImageBlock(), MaskBlock(("paper", "ink"))),
+        get_items=get_image_files,
+        get_y=lambda path: (np.asarray(Image.open(path).convert("L")) > 100).astype(np.uint8),
+        splitter=RandomSplitter(0.25, seed=1),
+    )
+    learn = Learner(block.dataloaders(few_digits, batch_size=16), nn.Conv2d(3, 2, 1))
+    decoded, prediction, activations = learn.predict(get_image_files(few_digits)[0])
+    assert torch.equal(decoded, prediction)
+    assert torch.equal(prediction, activations.argmax(dim=0))
+
+
+def test_predict_of_several_inputs() -> None:
+    class Added(nn.Linear):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(a + 2 * b)
+
+    items = [((float(i), 1.0), (float(-i), 2.0), i % 2) for i in range(20)]
+    block = DataBlock(
+        blocks=(RegressionBlock(2), RegressionBlock(2), CategoryBlock()),
+        n_inp=2,
+        getters=[ItemGetter(0), ItemGetter(1), ItemGetter(2)],
+        splitter=RandomSplitter(0.25, seed=1),
+    )
+    learn = Learner(block.dataloaders(items, batch_size=4), Added(2, 2))
+    logits = learn.model(*(torch.tensor([values]) for values in items[3][:2]))
+    torch.testing.assert_close(learn.predict(items[3][:2]).activations, logits.detach().softmax(dim=1)[0])
+    with pytest.raises(ValueError, match="a tuple of 2 inputs"):
+        learn.predict(items[3][0][:1])
