@@ -71,11 +71,12 @@ def gather(value: Any) -> list[Any]:
     return found
 
 
-def over_ranks(model: nn.Module) -> None:
-    """Have the BatchNorm layers of `model` take the statistics of the global batch, until `alone_again`."""
+def over_ranks(model: nn.Module) -> bool:
+    """Have the BatchNorm layers of `model` take the statistics of the global batch, until `alone_again`; are there any?"""
     for module in model.modules():
         if type(module) in _GLOBAL:
             module.__class__ = _GLOBAL[type(module)]
+    return any(isinstance(module, _OverRanks) for module in model.modules())
 
 
 def alone_again(model: nn.Module) -> None:

@@ -79,7 +79,9 @@ class Ranks:
         self._launched = 0
         self._rides: Tensor = self.votes
         self._hooks: dict[nn.Parameter, Any] = {}
-        over_ranks(model)
+        # BatchNorm sums in the backward pass, too. Collectives are matched by order: a bucket that is ready early on one rank
+        # and late on another, which has no use for one of its parameters, would meet the sum of a layer.
+        self._waits = over_ranks(model)
         for tensor in (*self.parameters, *model.buffers()):
             first = tensor.detach().contiguous()
             dist.broadcast(first, src=0)
@@ -189,8 +191,8 @@ class Ranks:
 
     def _arrived(self, p: Tensor) -> None:
         # Buckets start in their order on every rank: collectives are matched by order.
-        if self._launched == len(self._ready):
-            return  # a callback's own backward pass
+        if self._waits or self._launched == len(self._ready):
+            return  # or it is a callback's own backward pass
         self._bucket_of[p].missing -= 1  # type: ignore[index]
         while self._launched < len(self._ready) and self._ready[self._launched].missing == 0:
             self._launch([self._ready[self._launched]])

@@ -1,15 +1,17 @@
 """BatchNorm on two ranks with uneven shares is BatchNorm of one process on the global batch: outputs, gradients, buffers."""
 
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+import training.ranks
 from training.ranks import Ranks
 
 SHARES = [slice(0, 7), slice(7, 10)]
@@ -40,33 +42,75 @@ def trained(model: nn.Module, x: torch.Tensor, y: torch.Tensor, backward: Backwa
         optimizer.step()
 
 
-def be_a_rank(rank: int, port: str, out: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+class TwoHeads(nn.Module):
+    """A BatchNorm, and a head that only some of the rows use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
+        self.head, self.other = nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor, with_other: int) -> torch.Tensor:
+        y = self.body(x)
+        return self.head(y) + nn.functional.pad(self.other(y[:with_other]), (0, 0, 0, len(y) - with_other))
+
+
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def be_a_rank(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     x, y, model = data_and_model()
     ranks = Ranks(model)
     trained(model, x[SHARES[rank]], y[SHARES[rank]], ranks.backward)
     ranks.end()
     assert [type(m) for m in model] == [type(m) for m in data_and_model()[2]]
-    torch.save(model.state_dict(), f"{out}-{rank}.pt")
+
+    training.ranks.BUCKET_BYTES = 60  # one for each head
+    heads = TwoHeads()
+    ranks = Ranks(heads)
+    share = x[SHARES[rank], 0, 0, :4]
+    said = heads(share, len(share)) if rank == 0 else heads.head(heads.body(share))
+    ranks.backward(said.square().mean(), len(share))
+    ranks.end()
+    torch.save({"state": model.state_dict(), "heads": gradients(heads)}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_ranks_are_as_one_process(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, __file__]
-    ranks = [subprocess.Popen([*command, str(rank), port, str(tmp_path / "state")]) for rank in (0, 1)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)]) for rank in (0, 1)]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_a_part_that_one_rank_alone_uses(found: list[dict[str, Any]]) -> None:
+    """Its gradients are ready there earlier than on the other one, while BatchNorm's backward pass sums as well."""
+    x, model = data_and_model()[0], TwoHeads()
+    model(x[:, 0, 0, :4], 7).square().mean().backward()
+    for of_rank in found:
+        for gradient, expected in zip(of_rank["heads"], gradients(model), strict=True):
+            torch.testing.assert_close(gradient, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_two_ranks_are_as_one_process(found: list[dict[str, Any]]) -> None:
     x, y, model = data_and_model()
     trained(model, x, y, lambda loss, count: loss.backward())
     expected = model.state_dict()
     for rank in (0, 1):
-        found = torch.load(tmp_path / f"state-{rank}.pt", weights_only=True)
-        assert found.keys() == expected.keys()
-        for name, value in found.items():
+        state = found[rank]["state"]
+        assert state.keys() == expected.keys()
+        for name, value in state.items():
             torch.testing.assert_close(value, expected[name], atol=2e-6, rtol=1e-5, msg=name)
 
 
 if __name__ == "__main__":
-    be_a_rank(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    be_a_rank(int(sys.argv[1]), Path(sys.argv[2]))
