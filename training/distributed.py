@@ -137,14 +137,18 @@ class _Normalised(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, borrowed: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dims = [0, *range(2, x.ndim)]
-        rows = x.new_tensor([x.numel() / x.shape[1]])
-        sums = torch.cat([x.sum(dims), (x * x).sum(dims), rows])
-        if borrowed:
-            sums.zero_()
-        add_over_ranks(sums)
-        channels, count = x.shape[1], sums[-1]
-        mean = sums[:channels] / count
-        var = (sums[channels:-1] / count - mean * mean).clamp_(min=0)
+        # Each rank's own mean and variance: a mean square less a squared mean would lose a spread that is small beside it.
+        own_mean = x.mean(dims)
+        deviations = x - own_mean.view(1, -1, *(1 for _ in range(x.ndim - 2)))
+        parts = x.new_zeros(world(), 2 * x.shape[1] + 1)
+        if not borrowed:
+            rows = x.new_tensor([x.numel() / x.shape[1]])
+            parts[rank()] = torch.cat([own_mean, deviations.square_().mean(dims), rows])
+        add_over_ranks(parts)
+        means, variances, counts = parts.split([x.shape[1], x.shape[1], 1], dim=1)
+        count = counts.sum()
+        mean = (means * counts).sum(0) / count
+        var = ((variances + (means - mean).square()) * counts).sum(0) / count
         ctx.borrowed = borrowed
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), count)
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var, count

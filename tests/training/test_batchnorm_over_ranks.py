@@ -56,6 +56,11 @@ class TwoHeads(nn.Module):
         return self.head(y) + nn.functional.pad(self.other(y[:with_other]), (0, 0, 0, len(y) - with_other))
 
 
+def far_from_zero() -> torch.Tensor:
+    """Numbers as years or prices are, before anything scales them."""
+    return 100_000 + 10 * torch.randn(10, 3, generator=torch.Generator().manual_seed(3))
+
+
 def gradients(model: nn.Module) -> list[torch.Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
@@ -75,7 +80,13 @@ def be_a_rank(rank: int, folder: Path) -> None:
     said = heads(share, len(share)) if rank == 0 else heads.head(heads.body(share))
     ranks.backward(said.square().mean(), len(share))
     ranks.end()
-    torch.save({"state": model.state_dict(), "heads": gradients(heads)}, folder / f"{rank}.pt")
+    norm = nn.Sequential(nn.BatchNorm1d(3))
+    ranks = Ranks(norm)
+    y = norm(far_from_zero()[SHARES[rank]])
+    ranks.end()
+    torch.save(
+        {"state": model.state_dict(), "heads": gradients(heads), "norm": [y, norm[0].running_var]}, folder / f"{rank}.pt"
+    )
     dist.destroy_process_group()
 
 
@@ -99,6 +110,13 @@ def test_a_part_that_one_rank_alone_uses(found: list[dict[str, Any]]) -> None:
     for of_rank in found:
         for gradient, expected in zip(of_rank["heads"], gradients(model), strict=True):
             torch.testing.assert_close(gradient, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_a_spread_that_is_small_beside_the_mean(found: list[dict[str, Any]]) -> None:
+    norm = nn.BatchNorm1d(3)
+    y = norm(far_from_zero())
+    for share, of_rank in zip(SHARES, found, strict=True):
+        torch.testing.assert_close(of_rank["norm"], [y[share], norm.running_var], atol=5e-3, rtol=1e-3)
 
 
 def test_two_ranks_are_as_one_process(found: list[dict[str, Any]]) -> None:
