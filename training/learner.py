@@ -46,6 +46,7 @@ from training.schedule import MOMS, Moms, Phase, Schedule, flat, flat_cos, sgdr,
 from training.schedule import fine_tune as fine_tune_schedule
 from training.schedule import one_cycle as one_cycle_schedule
 from training.state import Position, generators, set_generators
+from training.stopping import ShortEpoch
 
 if TYPE_CHECKING:
     from blocks.dataloaders import DataLoaders
@@ -578,11 +579,11 @@ class Learner:
 
     @contextlib.contextmanager
     def validation_context(self, *callbacks: Callback) -> Iterator[None]:
-        """With the model where it predicts, in float32, these callbacks as well, and nothing recorded or printed."""
+        """With the model where it predicts, in float32, on all rows, these callbacks too, and nothing recorded or printed."""
         if next(self.model.parameters(), torch.empty(0)).device != self.device:  # to move all takes a while, also to nowhere
             self._to_device()
         before, listeners = self.callbacks, self._listeners
-        stay = [c for c in before if not isinstance(c, Recorder | Progress | MixedPrecision)]
+        stay = [c for c in before if not isinstance(c, Recorder | Progress | MixedPrecision | ShortEpoch)]
         self.callbacks = sorted([*stay, *callbacks], key=lambda c: c.order)
         self._listen()
         try:

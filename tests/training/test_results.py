@@ -28,7 +28,16 @@ from blocks import (
     get_image_files,
 )
 from blocks.draws import uniform
-from training import CrossEntropyLossFlat, Learner, MixedPrecision, MSELossFlat, accuracy, body_and_head, precision_callbacks
+from training import (
+    CrossEntropyLossFlat,
+    Learner,
+    MixedPrecision,
+    MSELossFlat,
+    ShortEpoch,
+    accuracy,
+    body_and_head,
+    precision_callbacks,
+)
 from training.optimizer import group_hyper
 
 from .toy import batches, data, deep, doing, learner
@@ -367,3 +376,8 @@ def test_predict_of_several_inputs() -> None:
     torch.testing.assert_close(learn.predict(items[3][:2]).activations, logits.detach().softmax(dim=1)[0])
     with pytest.raises(ValueError, match="a tuple of 2 inputs"):
         learn.predict(items[3][0][:1])
+
+
+def test_predictions_are_of_all_rows_where_epochs_are_short() -> None:
+    learn = learner(callbacks=[ShortEpoch(0.1)])
+    assert len(learn.get_preds()[0]) == sum(len(y) for _, y in learn.dls.valid)
