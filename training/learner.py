@@ -13,6 +13,7 @@ import contextlib
 import functools
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -107,6 +108,12 @@ class Learner:
         self.loss_func = loss_func or loss_for(target_type(dls))
         many = metrics if isinstance(metrics, Iterable) else [metrics]
         self.metrics = [as_metric(m) for m in many]
+        twice = [name for name, number in Counter(m.name for m in self.metrics).items() if number > 1]
+        if twice:
+            raise ValueError(
+                f"several metrics are called {', '.join(twice)}, but the record has one value a name: give each a name of its "
+                "own, as AvgMetric(function, name=...) or dataclasses.replace(metric, name=...)"
+            )
         self.device = device or distributed.default_device()
         self._opt: torch.optim.Optimizer | None = None
         self._ranks: Ranks | None = None

@@ -54,6 +54,11 @@ class Metric:
         raise NotImplementedError
 
 
+def _name(function: Any) -> str:
+    whole = function.func if isinstance(function, partial) else function
+    return getattr(whole, "__name__", type(whole).__name__)
+
+
 def values_over_ranks(metrics: Iterable[Metric]) -> dict[str, float]:
     """Each metric over all rows of all ranks, by name; a metric without rows is left out. Every rank must call it."""
     metrics = list(metrics)
@@ -83,7 +88,7 @@ class AvgMetric(Metric):
     total: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64), repr=False)
 
     def __post_init__(self) -> None:
-        self.name = self.name or getattr(self.function, "__name__", type(self.function).__name__)
+        self.name = self.name or _name(self.function)
 
     def reset(self) -> None:
         self.total = torch.zeros(2, dtype=torch.float64)
@@ -228,7 +233,8 @@ def as_metric(metric: Metric | MetricFunction) -> Metric:
         mean, then = _OF_A_MEAN[metric]
         return AvgMetric(mean, False, metric.__name__, then)
     if callable(metric):
-        return AvgMetric(metric, higher_is_better=metric not in _LOWER_IS_BETTER)
+        whole = metric.func if isinstance(metric, partial) else metric
+        return AvgMetric(metric, higher_is_better=whole not in _LOWER_IS_BETTER)
     raise TypeError(f"a metric is a function of (pred, targ) or a Metric such as AvgMetric, not {metric!r}")
 
 
@@ -484,7 +490,7 @@ class AccumMetric(Metric):
     prepare: Prepare = lambda pred, targ: (pred, targ)
 
     def __post_init__(self) -> None:
-        self.name = self.name or getattr(self.function, "__name__", type(self.function).__name__)
+        self.name = self.name or _name(self.function)
         self.reset()
 
     def reset(self) -> None:
