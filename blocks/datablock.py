@@ -63,6 +63,11 @@ class DataBlock:
     getters: Sequence[Getter] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.blocks, TransformBlock):
+            raise TypeError("blocks is a tuple, one block each for input and target: blocks=(ImageBlock(), CategoryBlock())")
+        if self.get_items is not None and not callable(self.get_items):
+            raise TypeError(f"get_items is a function of the source, such as get_image_files, not {self.get_items!r}")
+        as_splitter(self.splitter)  # so that what is none is said here
         if not self.blocks or not all(isinstance(b, TransformBlock) for b in self.blocks):
             raise TypeError("blocks are TransformBlocks: call them, as in blocks=(ImageBlock(), CategoryBlock())")
         if not 1 <= self._inputs <= len(self.blocks):
@@ -212,6 +217,8 @@ def _getters(name: str, given: Getter | Sequence[Getter], n: int) -> list[Getter
         if n > 1 and given is not the_item:
             raise ValueError(f"{name} is one function, but there are {n} blocks for it: give a list of {n} functions")
         return [given] * n
+    if isinstance(given, str):
+        raise TypeError(f"{name} is a function of the item, not {given!r}: for a column of a table write ColReader({given!r})")
     if len(given) != n:
         raise ValueError(f"{name} lists {len(given)} functions, but there are {n} blocks for it")
     return list(given)

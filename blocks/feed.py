@@ -128,7 +128,9 @@ class Feed:
 
     def __post_init__(self) -> None:
         self._position = self._start = 0
-        if self.batch_size < max(1, self.world):
+        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise UserError(f"batch_size is a whole number of rows, at least 1, not {self.batch_size!r}")
+        if self.batch_size < self.world:
             raise UserError(
                 f"batch_size={self.batch_size} is the global one, of all {self.world} workers: it must be at least {self.world}"
             )

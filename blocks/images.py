@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base
 from PIL.JpegImagePlugin import JpegImageFile
 
@@ -119,6 +119,8 @@ def _reading() -> Iterator[None]:
     # A damaged PNG raises SyntaxError, a truncated file OSError, an absurd size DecompressionBombError.
     try:
         yield
+    except UnidentifiedImageError as error:  # its own words name an address in memory
+        raise UnreadableRow("not a readable image: of no format that PIL knows") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableRow(f"not a readable image: {error}") from error
 
@@ -174,9 +176,13 @@ class OpenImage(Transform):
 
 @dataclass
 class OpenMask(Transform):
-    """A path, bytes or array becomes a `PILMask`; `vocab` names the classes in the order of their numbers."""
+    """A path, bytes or array becomes a `PILMask`; `vocab` names the classes in the order of their numbers.
+
+    div: what the stored numbers are divided by later. UnreadableRow when a number then has no name in `vocab`.
+    """
 
     vocab: tuple[str, ...] = ()
+    div: int = 1
 
     opens_file: ClassVar[bool] = True
 
@@ -184,7 +190,11 @@ class OpenMask(Transform):
         self.vocab = tuple(str(v) for v in self.vocab)
 
     def encodes(self, x: object) -> Any:
-        return PILMask.create(x)
+        mask = PILMask.create(x)
+        most = int(np.asarray(mask).max(initial=0)) // self.div
+        if self.vocab and most >= len(self.vocab):
+            raise UnreadableRow(f"the mask holds class {most}, but codes names {len(self.vocab)}: 0 to {len(self.vocab) - 1}")
+        return mask
 
 
 @dataclass

@@ -44,6 +44,8 @@ def prepare(plan: Plan, *, map_work: MapWork = map_here, max_bad_rows: int = 0, 
     ends. DataError when more than `max_bad_rows` rows cannot be read (the first ones are named), when a class is only in the
     validation part, or when there is only one class.
     """
+    if not isinstance(max_bad_rows, int) or max_bad_rows < 0:
+        raise UserError(f"max_bad_rows is a whole number of rows, at least 0, not {max_bad_rows!r}")
     place = place_of(cache)
     lasting = cache != "off" and plan.unkept is None
     if lasting:

@@ -78,8 +78,12 @@ class SplitBy(Splitter):
 
 
 def as_splitter(splitter: Any) -> Splitter:
-    """A splitter as it is, a function of all items wrapped."""
-    return splitter if isinstance(splitter, Splitter) else SplitBy(splitter)
+    """A splitter as it is, a function of all items wrapped. TypeError for anything else."""
+    if isinstance(splitter, Splitter):
+        return splitter
+    if isinstance(splitter, type) or not callable(splitter):
+        raise TypeError(f"a splitter is one such as RandomSplitter(0.2), or a function of all items, not {splitter!r}")
+    return SplitBy(splitter)
 
 
 # --- by chance ---------------------------------------------------------------------------------------------------------

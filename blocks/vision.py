@@ -23,7 +23,7 @@ def MaskBlock(codes: Sequence[str] = (), div_mask: int = 1) -> TransformBlock:  
     masks in black and white.
     """
     return TransformBlock(
-        type_tfms=(OpenMask(tuple(codes)),), item_tfms=(ToTensor(),), batch_tfms=(IntToFloatTensor(div_mask),)
+        type_tfms=(OpenMask(tuple(codes), div_mask),), item_tfms=(ToTensor(),), batch_tfms=(IntToFloatTensor(div_mask),)
     )
 
 

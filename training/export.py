@@ -173,6 +173,8 @@ class Predictor:
 
     def predict(self, items: Sequence[Any], batch_size: int = 64) -> list[Prediction]:
         """One `Prediction` an item, in their order. UnreadableRow when an item cannot be read."""
+        if isinstance(items, str | Path):
+            raise TypeError(f"predict takes a list of items: predict([{str(items)!r}])")
         return [
             self._said(row)
             for start in range(0, len(items), batch_size)
