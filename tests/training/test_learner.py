@@ -31,24 +31,9 @@ from training import (
     one_cycle,
 )
 
-Sizes = tuple[int, ...]
+from .toy import Sizes, batches, data
+
 SGD = torch.optim.SGD
-
-
-def batches(sizes: Sizes, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Two classes of points that a plane divides."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for n in sizes:
-        y = torch.randint(2, (n,), generator=generator)
-        x = torch.randn(n, 3, generator=generator)
-        x[:, 0] += 6 * y - 3
-        made.append((x, y))
-    return made
-
-
-def data(train: Sizes = (4, 4, 3), valid: Sizes = (4, 1)) -> DataLoaders:
-    return DataLoaders(batches(train), batches(valid, seed=1))
 
 
 def linear() -> nn.Linear:

@@ -13,6 +13,7 @@ Sizes = tuple[int, ...]
 
 
 def batches(sizes: Sizes, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Two classes of points that a plane divides."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for n in sizes:
