@@ -34,6 +34,8 @@ from training.steppers import (
     debias_grad,
     debias_sqr,
     l2_reg,
+    larc_layer_lr,
+    larc_step,
     momentum_step,
     radam_adapts,
     radam_rectification,
@@ -418,6 +420,16 @@ def _fused_sgd(
     )
 
 
+def _fused_larc(params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]], h: dict[str, Any]) -> None:
+    # SGD's kernel, parameter by parameter, at the rate of each.
+    if h["wd"]:
+        torch._foreach_mul_(params, 1 - h["lr"] * h["wd"])
+    p_norms, grad_norms = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, grads))
+    rates = larc_layer_lr(p_norms, grad_norms, h["lr"], h["trust_coeff"], h["wd"], h["eps"], h["clip"])
+    for p, grad, grad_avg, rate in zip(params, grads, states["grad_avg"], rates.tolist(), strict=True):
+        _fused_sgd([p], [grad], {"grad_avg": [grad_avg]}, {"lr": rate, "wd": 0.0, "mom": h["mom"]}, decoupled=True)
+
+
 def _fused_rms_prop(
     kernel: Callable[..., None], params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]], h: dict[str, Any]
 ) -> None:
@@ -453,6 +465,7 @@ _FUSED: dict[tuple[Any, ...], Fused] = {
     ((l2_reg, sgd_step), False): functools.partial(_fused_sgd, decoupled=False),
     ((weight_decay, average_grad, momentum_step), False): functools.partial(_fused_sgd, decoupled=True),
     ((l2_reg, average_grad, momentum_step), False): functools.partial(_fused_sgd, decoupled=False),
+    ((weight_decay, average_grad, larc_step), False): _fused_larc,
     ((weight_decay, average_sqr_grad, rms_prop_step), False): functools.partial(_fused_rms_prop, torch._fused_adamw_),
     ((l2_reg, average_sqr_grad, rms_prop_step), False): functools.partial(_fused_rms_prop, torch._fused_adam_),
 }

@@ -119,9 +119,10 @@ def debias_sqr(sqr_debias: float, sqr_mom: float, step: float) -> float:
     return 1 - sqr_mom**step
 
 
-def larc_layer_lr(p: Tensor, grad: Tensor, lr: float, trust_coeff: float, wd: float, eps: float, clip: bool = True) -> Tensor:
+def larc_layer_lr(
+    p_norm: Tensor, grad_norm: Tensor, lr: float, trust_coeff: float, wd: float, eps: float, clip: bool = True
+) -> Tensor:
     """The rate of a parameter by its norm and its gradient's (You et al., arXiv:1708.03888); at most `lr` if `clip`."""
-    p_norm, grad_norm = torch.linalg.vector_norm(p), torch.linalg.vector_norm(grad)
     local = p_norm.div_(torch.add(grad_norm, p_norm, alpha=wd).add_(eps)).mul_(lr * trust_coeff)
     return local.clamp_(max=lr) if clip else local
 
@@ -239,7 +240,9 @@ def larc_step(
     grad_avg: Tensor | None = None,
 ) -> None:
     """Against the gradient, or its average where that is kept, at the rate of `larc_layer_lr`."""
-    add_product(p, grad if grad_avg is None else grad_avg, larc_layer_lr(p, grad, lr, trust_coeff, wd, eps, clip), -1.0)
+    p_norm, grad_norm = torch.linalg.vector_norm(p), torch.linalg.vector_norm(grad)
+    rate = larc_layer_lr(p_norm, grad_norm, lr, trust_coeff, wd, eps, clip)
+    add_product(p, grad if grad_avg is None else grad_avg, rate, -1.0)
 
 
 def lamb_step(

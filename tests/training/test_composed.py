@@ -198,7 +198,15 @@ def test_a_parameter_that_is_a_slice_of_another_tensor_is_stepped_in_place() -> 
 
 
 @pytest.mark.parametrize(
-    "make", [ranger, partial(RAdam, wd=0.3, decouple_wd=False), RMSProp, lambda p, lr: Lookahead(SGD(p, lr), 2)]
+    "make",
+    [
+        ranger,
+        partial(RAdam, wd=0.3, decouple_wd=False),
+        RMSProp,
+        partial(Larc, wd=0.3),
+        partial(Larc, clip=False),
+        lambda p, lr: Lookahead(SGD(p, lr), 2),
+    ],
 )
 def test_a_fused_composition_does_what_the_eager_one_does(make: Make) -> None:
     assert make([nn.Parameter(torch.zeros(1))], lr=0.1)._torchs_own()  # type: ignore[attr-defined]
