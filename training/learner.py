@@ -39,6 +39,7 @@ from training.callback import (
 )
 from training.callbacks import BatchTransforms, Progress, Recorder, ScheduledRates
 from training.composed import Optimizer
+from training.failure import say_where
 from training.losses import loss_for
 from training.metrics import Metric, MetricFunction, as_metric
 from training.mixed_precision import MixedPrecision
@@ -217,14 +218,8 @@ class Learner:
                 if self._ranks is None or not self._ranks.takes(cancel, self.training, event in IN_BATCH):
                     raise
                 break
-            except Exception as error:
-                self._say_where(error, method, event)
-                raise
         if self._ranks is not None and event not in IN_BATCH and event not in ALONE:
             self._ranks.agree()
-
-    def _say_where(self, error: Exception, method: Any, event: str) -> None:
-        error.add_note(f"in {type(method.__self__).__name__}.{event}, epoch {self.epoch}, batch {self.iter}")
 
     def _with_events(
         self,
@@ -387,11 +382,10 @@ class Learner:
 
             self._ranks = Ranks(self.model)
         try:
-            self("before_fit")
             self._all_phases()
-        except CancelFitException:
-            state.remember(self)
-            self("after_cancel_fit")
+        except Exception as error:
+            say_where(self, error)
+            raise
         finally:
             if self._ranks is not None:
                 self._ranks.end()
@@ -405,7 +399,7 @@ class Learner:
             try:
                 method(self)
             except Exception as error:  # noqa: BLE001
-                self._say_where(error, method, "after_fit")
+                say_where(self, error)
                 if first is None:
                     first = error
                 else:
@@ -414,6 +408,14 @@ class Learner:
             raise first
 
     def _all_phases(self) -> None:
+        try:
+            self("before_fit")
+            self._each_phase()
+        except CancelFitException:
+            state.remember(self)
+            self("after_cancel_fit")
+
+    def _each_phase(self) -> None:
         if self.position.opens_epoch:
             self._restore()
         while self.position.phase < len(self.schedule):
@@ -452,8 +454,12 @@ class Learner:
         self.training, self.split_idx, self.dl = False, VALID, dl
         self.model.eval()
         distributed.average_buffers(self.model)
-        with torch.no_grad():
-            self._with_events(self._all_batches, "validate", CancelValidException)
+        try:
+            with torch.no_grad():
+                self._with_events(self._all_batches, "validate", CancelValidException)
+        except Exception as error:  # of those, too, who validate or predict outside of a fit
+            say_where(self, error)
+            raise
 
     def _all_batches(self) -> None:
         start = self.position.batch if self.training else 0

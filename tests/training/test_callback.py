@@ -423,7 +423,9 @@ def test_an_error_arrives_as_itself_with_a_note_of_where(event: str, epoch: int,
     with pytest.raises(KeyError) as raised:
         learn.fit(2)
     assert raised.value is mine
-    assert mine.__notes__ == [f"in Doing.{event}, epoch {epoch}, batch {batch}"]
+    (note,) = mine.__notes__
+    assert note.startswith(f"in Doing.{event}, epoch {epoch}, batch {batch}; {__file__}:")
+    assert note.endswith(" in fail")
     assert events.seen[-2:] == [event, "after_fit"]
 
 
@@ -472,7 +474,7 @@ def test_every_after_fit_is_called_though_one_fails() -> None:
     with pytest.raises(KeyError) as raised:
         learn.fit(1)
     assert seen == ["last"]
-    assert [n.split(",")[0] for n in raised.value.__notes__] == ["in Doing.after_fit", "then ValueError:  (in Doing.after_fit"]
+    assert [n.split(";")[0] for n in raised.value.__notes__] == ["in Doing.after_fit", "then ValueError:  (in Doing.after_fit"]
 
 
 def test_an_error_in_after_fit_does_not_hide_the_one_before() -> None:
