@@ -7,6 +7,7 @@ from .space import grid as grid
 from .space import loguniform as loguniform
 from .space import uniform as uniform
 from .sweep import sweep as sweep
+from .train import resume_recipe as resume_recipe
 from .train import train_recipe as train_recipe
 from .ui import serve_ui as serve_ui
 from .workers import Workers as Workers

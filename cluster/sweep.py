@@ -15,11 +15,12 @@ import torch
 from blocks.dataloaders import DataLoaders
 from blocks.errors import UserError
 from cluster.places import places
+from cluster.runs import new_run_folder
 from cluster.runtime import check_resources, start_ray
 from cluster.space import Choice, Grid, LogUniform, Space, Uniform, space_words
 from cluster.spool import SPOOL, append, append_epoch
 from cluster.tracking import Tracker, start_run
-from cluster.train import ending, new_learner, new_run_folder, prepared_data, record_data, tags_of
+from cluster.train import ending, new_learner, prepared_data, record_data, tags_of
 from training.callback import Callback
 from training.callbacks import Progress
 from training.learner import Learner
@@ -98,7 +99,7 @@ def sweep(
     candidates = _check(make, space)
     first = make(**{name: values[0] for name, values in candidates.items()})
     most_epochs = max(make(**{"schedule": s}).epochs for s in candidates.get("schedule", [first.schedule]))
-    folder = new_run_folder(f"{first.name}-sweep")
+    folder = Path(new_run_folder(places().storage, f"{first.name}-sweep"))
     spool, run = folder / SPOOL, folder.name
     with Tracker(spool, places().tracking, experiment=first.name) as tracker:
         start_ray()

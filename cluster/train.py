@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +13,10 @@ from blocks.dataloaders import DataLoaders
 from blocks.feed import Feed
 from cluster.data import dataloaders
 from cluster.places import places
+from cluster.runs import Run, finish_run, new_run_folder, words_of, write_run
 from cluster.spool import SPOOL, append
 from cluster.tracking import Tracker, start_run
-from cluster.workers import SpoolReport, Workers
+from cluster.workers import InFolder, SpoolReport, Workers
 from training.learner import Learner
 from training.recipe import Recipe
 
@@ -39,29 +39,39 @@ class Trained:
 
 
 def train_recipe(recipe: Recipe, workers: Workers, say: Say = print) -> Trained:
-    """Train `recipe` on `workers` and record it in MLflow as one run: FINISHED, FAILED, or KILLED when interrupted."""
+    """Train `recipe` on `workers` and record it in MLflow as one run: FINISHED, FAILED, or KILLED when interrupted.
+
+    One that was broken off is gone on with by `resume_recipe`.
+    """
+    return _train_in(Path(new_run_folder(places().storage, recipe.name)), recipe, workers, say, resumed=False)
+
+
+def resume_recipe(folder: Path, recipe: Recipe, workers: Workers, say: Say = print) -> Trained:
+    """Go on with the run in `folder`, from its newest checkpoint: `train_recipe`, broken off, of the same recipe."""
+    return _train_in(folder, recipe, workers, say, resumed=True)
+
+
+def _train_in(folder: Path, recipe: Recipe, workers: Workers, say: Say, resumed: bool) -> Trained:
     began = time.perf_counter()
     recipe.located()
     workers.check(recipe.batch_size)
-    folder = new_run_folder(recipe.name)
     spool, run = folder / SPOOL, folder.name
     with Tracker(spool, places().tracking, experiment=recipe.name) as tracker:
-        dls = prepared_data(recipe, on_ray=workers.number > 0, say=say)
+        dls = prepared_data(recipe, on_ray=workers.most > 0, say=say)
         learn = new_learner(recipe, dls)
         tracker.opened()
-        folder.mkdir(parents=True)
+        write_run(folder, Run("train", recipe.found_as, words_of(recipe.settings), {"workers": workers.number}))
         params = {"recipe": recipe.name, **recipe.settings, "workers": workers.number}
         start_run(spool, run, run, params, tags=tags_of(dls))
         with ending(spool, run):
             record_data(spool, run, folder, dls)
             learn.add_callback(SpoolReport(str(spool), run))
-            place = Workers(workers.number, workers.gpu, storage=str(folder))
-            say(
-                f"train: {recipe.epochs} epoch{'s' * (recipe.epochs != 1)} "
-                + (f"on {workers.number} workers" if workers.number else "in this process")
-            )
-            learn.fit(recipe.schedule, recipe.lr, on=place)
+            where = f"on {workers.number} workers" if workers.most else "in this process"
+            how = f"going on with {run}, " if resumed else ""
+            say(f"train: {how}{recipe.epochs} epoch{'s' * (recipe.epochs != 1)} {where}")
+            learn.fit(recipe.schedule, recipe.lr, on=InFolder(workers, str(folder)))
             export = record_model(spool, run, folder, learn)
+        finish_run(folder)
     return Trained(
         learn=learn,
         run_id=tracker.run_id(run),
@@ -72,11 +82,6 @@ def train_recipe(recipe: Recipe, workers: Workers, say: Say = print) -> Trained:
         seconds=time.perf_counter() - began,
         trouble=tracker.trouble,
     )
-
-
-def new_run_folder(name: str) -> Path:
-    """The folder of a new run in the storage place, by name and time; made when the run begins."""
-    return Path(places().storage, f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}")
 
 
 def prepared_data(recipe: Recipe, on_ray: bool, say: Say) -> DataLoaders:

@@ -5,14 +5,17 @@ import os
 import pickle
 import tempfile
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from blocks.errors import UserError
+from blocks.storage import is_url, shown
+from cluster.places import places
+from cluster.runs import Run, find_run, finish_run, new_run_folder, run_name, words_of, write_run
 from cluster.runtime import check_resources, start_ray, start_ray_meanwhile
 from cluster.spool import SPOOL, append_epoch, follow
 from training import distributed
@@ -28,31 +31,64 @@ STATE_FILE = "learner.pt"
 class Workers:
     """`Workers(0)`: this process. `Workers(4)`: four CPU workers, `Workers(4, gpu=True)`: with a GPU each.
 
-    For `learn.fit(schedule, on=Workers(4))`. storage: where the run's folder is made; a temporary one by default.
+    For `learn.fit(schedule, on=Workers(4))`. number: how many; `(least, most)`: as many as there are resources for.
+    storage: a folder or URL in which each run makes a folder of its own; without it nothing is left of the run but what comes
+    home. sync_bn: BatchNorm takes the statistics of the global batch. max_rows: more rows than these are not in one pass
+    through the model on a worker; gradients accumulate. max_failures: so many times a lost process is replaced, and training
+    goes on from the newest checkpoint. There is one each epoch; within an epoch, every `checkpoint_steps` batches or
+    `checkpoint_minutes`. keep: the newest so many stay, and the best one.
     """
 
-    number: int
+    number: int | tuple[int, int]
     gpu: bool = False
     storage: str | None = None
+    sync_bn: bool = True
+    max_rows: int | None = None
+    max_failures: int = 3
+    checkpoint_steps: int | None = None
+    checkpoint_minutes: float | None = None
+    keep: int = 2
 
     def __post_init__(self) -> None:
-        if self.number < 0:
-            raise UserError(f"workers={self.number}: give 0 to train in this process, or how many workers")
+        ends = self.number if isinstance(self.number, tuple) else (self.number, self.number)
+        whole = len(ends) == 2 and all(map(_is_whole, ends))
+        if not whole or not (ends == (0, 0) or 1 <= ends[0] <= ends[1]):
+            raise UserError(
+                f"workers={self.number!r}: give 0 to train in this process, how many workers, or (least, most) with least >= 1"
+            )
+        for name, at_least in (("max_rows", 1), ("max_failures", 0), ("checkpoint_steps", 1), ("keep", 1)):
+            value = getattr(self, name)
+            unsaid = value is None and name in ("max_rows", "checkpoint_steps")
+            if not unsaid and not (_is_whole(value) and value >= at_least):
+                raise UserError(f"{name}={value!r}: give a whole number, at least {at_least}")
+        if self.checkpoint_minutes is not None and not self.checkpoint_minutes > 0:
+            raise UserError(f"checkpoint_minutes={self.checkpoint_minutes!r}: give a number of minutes above 0")
+
+    @property
+    def least(self) -> int:
+        """How many workers there are at least."""
+        return self.number[0] if isinstance(self.number, tuple) else self.number
+
+    @property
+    def most(self) -> int:
+        """How many workers there are at most."""
+        return self.number[1] if isinstance(self.number, tuple) else self.number
 
     @classmethod
-    def asked(cls, number: int | None, default: int | None = None) -> "Workers":
+    def asked(cls, number: int | tuple[int, int] | None, default: int | None = None) -> "Workers":
         """So many workers; unsaid, `default`, or else one a GPU, or else this process."""
         gpus = torch.cuda.device_count()
         if number is None:
             number = gpus if default is None else default
-        return cls(number, gpu=0 < number <= gpus)
+        workers = cls(number)
+        return replace(workers, gpu=0 < workers.most <= gpus)
 
     def check(self, batch_size: int) -> None:
         """What is asked for against what there is, before anything is prepared. UserError with what to write instead."""
-        if self.number == 0:
+        if self.most == 0:
             return
-        if batch_size < self.number:
-            raise UserError(f"batch_size={batch_size} is the global one, of all {self.number} workers: at least {self.number}")
+        if batch_size < self.most:
+            raise UserError(f"batch_size={batch_size} is the global one, of all {self.most} workers: at least {self.most}")
         self._find_resources()
 
     def _find_resources(self) -> None:
@@ -60,22 +96,63 @@ class Workers:
         import ray.train.torch  # noqa: F401  seconds, which pass while Ray starts
 
         start_ray()
-        check_resources(CPU=self.number, **({"GPU": self.number} if self.gpu else {}))
+        check_resources(CPU=self.least, **({"GPU": self.least} if self.gpu else {}))
 
-    def run(self, learn: Learner, schedule: Schedule, lr: Rate) -> None:
+    def run(self, learn: Learner, schedule: Schedule, lr: Rate, resume: str | None) -> None:
+        """Train a copy of `learn` on the workers; afterwards `learn` looks as if it had trained here.
+
+        resume: the run to go on with, by its folder, its URL or its name in `storage`.
+        """
+        words = words_of({"schedule": schedule, "lr": lr})
+        if self.most == 0:
+            if resume is not None:
+                raise UserError(f"resume={resume!r}: a training in this process keeps no checkpoints to go on from")
+            learn.fit(schedule, lr)
+        elif resume is not None:
+            folder, begun = find_run(resume, self.storage or places().storage)
+            if begun.words != words:
+                raise UserError(
+                    f"{resume!r} was begun with {_as_settings(begun.words)}: give it the same, not {_as_settings(words)}"
+                )
+            InFolder(self, folder).run(learn, schedule, lr, None)
+            finish_run(folder)
+        elif self.storage is not None:
+            folder = new_run_folder(self.storage, "fit")
+            write_run(folder, Run("train", None, words, {"workers": self.number}))
+            print(f"run: {run_name(folder)} in {shown(self.storage)}", flush=True)
+            InFolder(self, folder).run(learn, schedule, lr, None)
+            finish_run(folder)
+        else:
+            with tempfile.TemporaryDirectory(prefix="fastray-") as temporary:
+                InFolder(self, temporary).run(learn, schedule, lr, None)
+
+
+@dataclass(frozen=True)
+class InFolder:
+    """These workers, for the run whose folder or URL this is: they go on from its newest checkpoint, where there is one."""
+
+    workers: Workers
+    folder: str
+
+    def run(self, learn: Learner, schedule: Schedule, lr: Rate, resume: str | None) -> None:
         """Train a copy of `learn` on the workers; afterwards `learn` looks as if it had trained here."""
-        if self.number == 0:
+        assert resume is None
+        if self.workers.most == 0:
             learn.fit(schedule, lr)
             return
-        self._find_resources()
+        self.workers._find_resources()
         with contextlib.ExitStack() as stack:
-            folder = Path(self.storage or stack.enter_context(tempfile.TemporaryDirectory(prefix="fastray-")))
-            folder.mkdir(parents=True, exist_ok=True)
             report = next((c for c in learn.callbacks if isinstance(c, SpoolReport)), None)
-            spool, run = (folder / SPOOL, "run") if report is None else (Path(report.path), report.run)
+            if report is not None:
+                spool, run = Path(report.path), report.run
+            else:
+                home = self.folder
+                if is_url(home):  # the controller appends to the spool, and storage at a URL only takes whole files
+                    home = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastray-"))
+                spool, run = Path(home, SPOOL), "run"
             if any(isinstance(c, Progress) for c in learn.callbacks):
                 stack.enter_context(_printed(spool, run, total_epochs(schedule)))
-            state = _trained_state(self, _shipped(learn), schedule, lr, folder, spool, run)
+            state = _trained_state(self.workers, _shipped(learn), schedule, lr, self.folder, spool, run)
         learn.load_state_dict(state)
 
 
@@ -118,7 +195,7 @@ def _shipped(learn: Learner) -> bytes:
 
 
 def _trained_state(
-    workers: Workers, learn: bytes, schedule: Schedule, lr: Rate, folder: Path, spool: Path, run: str
+    workers: Workers, learn: bytes, schedule: Schedule, lr: Rate, folder: str, spool: Path, run: str
 ) -> dict[str, Any]:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -132,7 +209,7 @@ def _trained_state(
         scaling_config=ScalingConfig(num_workers=workers.number, use_gpu=workers.gpu),
         run_config=RunConfig(
             name="train",
-            storage_path=str(folder),
+            storage_path=folder,
             callbacks=[ToSpool(str(spool), run)],
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
         ),
@@ -187,3 +264,11 @@ def _printed(spool: Path, run: str, epochs: int) -> Iterator[None]:
     finally:
         finished.set()
         thread.join()
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _as_settings(words: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={text}" for name, text in words.items())

@@ -59,6 +59,28 @@ def train(name: str, words: Sequence[str]) -> None:
 
 
 @cli.command()
+@click.argument("run")
+def resume(run: str) -> None:
+    """Go on with RUN, which was broken off: its folder, or its name in the folder of the runs."""
+    from cluster.places import places
+    from cluster.runs import find_run
+
+    folder, begun = find_run(run, places().storage)
+    if begun.recipe is None:
+        raise UserError(f"{run} was begun by a script: run it again with learn.fit(..., resume={run!r})")
+    make, settings, _ = _read(begun.recipe, [f"{key}={text}" for key, text in begun.words.items()], {})
+    recipe = make(**settings)
+    from cluster import Workers, resume_recipe
+    from cluster.elsewhere import Elsewhere
+    from pipelines.report import report_training
+
+    with Elsewhere() as elsewhere:
+        number = begun.runner["workers"]
+        workers = Workers.asked(tuple(number) if isinstance(number, list) else number)
+        report_training(resume_recipe(Path(folder), recipe, workers, say=click.echo), elsewhere, say=click.echo)
+
+
+@cli.command()
 @click.argument("name", metavar="RECIPE")
 @click.argument("words", nargs=-1, metavar="[KEY=VALUE]...")
 def sweep(name: str, words: Sequence[str]) -> None:

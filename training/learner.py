@@ -62,9 +62,12 @@ ALONE = frozenset({"after_create", "after_cancel_fit", "after_fit"})  # not ever
 
 
 class Runner(Protocol):
-    """Somewhere else a Learner can train: it runs `learn.fit(schedule)` there and brings the result home."""
+    """Somewhere else a Learner can train: it runs `learn.fit(schedule)` there and brings the result home.
 
-    def run(self, learn: "Learner", schedule: Schedule, lr: Rate) -> None: ...
+    resume: the name of the run there to go on with.
+    """
+
+    def run(self, learn: "Learner", schedule: Schedule, lr: Rate, resume: str | None) -> None: ...
 
 
 class Learner:
@@ -250,12 +253,13 @@ class Learner:
         callbacks: Iterable[Callback] = (),
         start_epoch: int = 0,
         on: Runner | None = None,
+        resume: str | None = None,
     ) -> None:
         """Train by `schedule`, a tuple of `Phase`s or a number of epochs at a flat rate; here, or `on` some workers.
 
         lr: the rate, or `slice(first, last)` for those of the first and the last parameter group, those between in equal
         ratios; `slice(last)` gives the first a tenth. wd: weight decay from now on. callbacks: for this run only.
-        start_epoch: begin the schedule there.
+        start_epoch: begin the schedule there. resume: the run on those workers to go on with, which was broken off.
         """
         phases = flat(schedule) if isinstance(schedule, int) else schedule
         if not isinstance(phases, tuple) or not phases or not all(isinstance(p, Phase) for p in phases):
@@ -264,6 +268,10 @@ class Learner:
             raise ValueError(
                 f"start_epoch={start_epoch}: a run in this process begins at one of its epochs 0 to {total_epochs(phases) - 1}"
             )
+        if resume is not None and on is None:
+            raise ValueError(
+                f"resume={resume!r} names a run on workers: give on=... as well; here, load a state and learn.resume()"
+            )
         self.schedule = phases
         self.run_lr = self.lr if lr is None else lr
         if wd is not None:
@@ -271,7 +279,7 @@ class Learner:
             self._set_weight_decay()
         with self.added_callbacks(*callbacks):
             if on is not None:
-                on.run(self, self.schedule, self.run_lr)
+                on.run(self, self.schedule, self.run_lr, resume)
                 return
             self.position, self._to_restore = Position(), None
             while self.position.epochs_before(phases) < start_epoch:

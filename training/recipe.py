@@ -52,6 +52,7 @@ class Recipe:
     max_bad_rows: int = 0
     name: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    found_as: str = ""
 
     @property
     def epochs(self) -> int:
@@ -93,7 +94,8 @@ def recipe(function: RecipeFunction) -> RecipeFunction:
             made = function(**typed)
         except ValueError as error:  # a value of the right type that a part of the recipe does not take
             raise SettingError(f"{function.__name__}: {error}") from error
-        return replace(made, name=function.__name__, settings=typed)
+        found_as = f"{function.__module__}:{function.__name__}"
+        return replace(made, name=function.__name__, settings=typed, found_as=found_as)
 
     return make
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray.cloudpickle
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from blocks import DataBlock, DataLoaders
+from blocks.errors import UserError
 from cluster import Workers, dataloaders
 from cluster.runtime import ResourceError
 from training import Callback, Learner, accuracy, flat, model_builder
@@ -81,5 +83,28 @@ def test_workers_are_asked_for() -> None:
     assert Workers.asked(None, default=2) == Workers(2)
     assert Workers.asked(None) == Workers(torch.cuda.device_count(), gpu=torch.cuda.is_available())
     assert Workers.asked(3) == Workers(3, gpu=torch.cuda.device_count() >= 3)
-    with pytest.raises(ValueError, match="workers=-1"):
-        Workers(-1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"number": -1}, r"workers=-1: give 0 .* how many"),
+        ({"number": 2.0}, "workers=2.0: "),
+        ({"number": True}, "workers=True: "),
+        ({"number": (0, 2)}, r"workers=\(0, 2\): .* least >= 1"),
+        ({"number": (3, 2)}, r"workers=\(3, 2\): "),
+        ({"number": 2, "max_rows": 0}, "max_rows=0: give a whole number, at least 1"),
+        ({"number": 2, "max_failures": None}, "max_failures=None: give a whole number, at least 0"),
+        ({"number": 2, "checkpoint_steps": 1.5}, "checkpoint_steps=1.5: "),
+        ({"number": 2, "checkpoint_minutes": 0}, "checkpoint_minutes=0: give a number of minutes above 0"),
+        ({"number": 2, "keep": 0}, "keep=0: "),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Workers(**wrong)
+
+
+def test_elastic_workers_have_a_least_and_a_most() -> None:
+    assert (Workers((1, 8)).least, Workers((1, 8)).most) == (1, 8)
+    assert (Workers(3).least, Workers(3).most) == (3, 3)

@@ -226,6 +226,11 @@ def test_without_a_run_there_is_nothing_to_resume() -> None:
         learner().resume()
 
 
+def test_a_run_to_resume_is_one_on_workers() -> None:
+    with pytest.raises(ValueError, match=r"resume='run-1' names a run on workers: give on=... as well"):
+        learner().fit(1, resume="run-1")
+
+
 def test_another_fit_after_a_loaded_state_begins_at_its_beginning() -> None:
     stop = SaveAndStop("after_batch", 1)
     broken, fresh = trained(data()), trained(data())

@@ -1,0 +1,121 @@
+"""A run's folder, and `run.json` in it: what began there, in words that any process can begin it from again.
+
+The folder holds no address outside of itself, so that a copy of it elsewhere is the same run. Plain JSON: a recipe by its
+name, its settings as the command line takes them.
+"""
+
+import difflib
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from blocks.errors import UserError
+from blocks.storage import folders, get, is_url, joined, put, shown
+from training.schedule import as_words
+
+RUN_FILE = "run.json"
+VERSION = 1
+KINDS = ("train", "sweep")
+
+
+class RunError(UserError):
+    """A run that is not there, or cannot be gone on with."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What began in a run's folder.
+
+    kind: "train" or "sweep". recipe: the name by which `pipelines.recipes.find_recipe` finds it; None for a script's own fit.
+    words: each setting as text, as on the command line. runner: the runner's own settings, such as {"workers": 2}.
+    finished: it ended, and nothing is left to go on with.
+    """
+
+    kind: str
+    recipe: str | None
+    words: Mapping[str, str] = field(default_factory=dict)
+    runner: Mapping[str, Any] = field(default_factory=dict)
+    finished: bool = False
+    version: int = VERSION
+
+
+def words_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as the command line takes them."""
+    return {name: as_words(value) for name, value in settings.items()}
+
+
+def new_run_folder(storage: str, name: str) -> str:
+    """The folder, or the URL, of a new run in `storage`: by name and time, never used before; made when the run begins."""
+    name = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+    return _inside(storage, name)
+
+
+def run_name(folder: str | Path) -> str:
+    """The name of the run in a folder or at a URL."""
+    return str(folder).partition("?")[0].rstrip("/").rpartition("/")[2]
+
+
+def write_run(folder: str | Path, run: Run) -> None:
+    """Write `run.json` in a folder, which is made, or at a URL."""
+    if not is_url(str(folder)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    put(folder, RUN_FILE, json.dumps(asdict(run), indent=1).encode())
+
+
+def read_run(folder: str | Path) -> Run:
+    """What began in a folder or at a URL. RunError when that is no run's folder, or another version's."""
+    found = _run_in(folder)
+    if found is None:
+        raise RunError(f"{shown(str(folder))} is not a run's folder: there is no {RUN_FILE} in it")
+    return found
+
+
+def _run_in(folder: str | Path) -> Run | None:
+    where = f"{RUN_FILE} in {shown(str(folder))}"
+    try:
+        said = json.loads(get(folder, RUN_FILE))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise RunError(f"{where} is damaged: {error}") from error
+    if not isinstance(said, dict) or said.get("version") != VERSION or said.get("kind") not in KINDS:
+        raise RunError(f"{where} is not one that this version of fastray reads: it has to be of version {VERSION}")
+    return Run(**{f.name: said[f.name] for f in fields(Run) if f.name in said})
+
+
+def finish_run(folder: str | Path) -> None:
+    """Note that the run in a folder, or at a URL, has ended."""
+    write_run(folder, replace(read_run(folder), finished=True))
+
+
+def find_run(name: str, storage: str) -> tuple[str, Run]:
+    """The folder and the words of an unfinished run: by its folder, its URL, or its name in `storage`.
+
+    RunError when there is none, with those there are, or when it has ended.
+    """
+    for folder in (name, _inside(storage, name)):
+        run = _run_in(folder)
+        if run is None:
+            continue
+        if run.finished:
+            raise RunError(f"the run {run_name(folder)} has ended, there is nothing left to go on with: begin a new one")
+        return (folder if is_url(folder) else str(Path(folder).absolute())), run
+    raise RunError(f"there is no run {name!r} in {shown(storage)}{_those_in(storage, name)}")
+
+
+def _those_in(storage: str, name: str) -> str:
+    names = folders(storage) if is_url(storage) else [p.name for p in Path(storage).glob("*")]
+    runs = {name: run for name in sorted(names) if (run := _run_in(_inside(storage, name))) is not None}
+    unfinished = [name for name, run in runs.items() if not run.finished]
+    near = difflib.get_close_matches(name, unfinished, n=1, cutoff=0.8)
+    if near:
+        return f": did you mean {near[0]!r}?"
+    return f"; unfinished there: {', '.join(unfinished[-10:])}" if unfinished else ", and none that is unfinished"
+
+
+def _inside(storage: str, name: str) -> str:
+    return joined(storage, name) if is_url(storage) else str(Path(storage, name))
