@@ -144,7 +144,7 @@ class InFolder:
         with contextlib.ExitStack() as stack:
             report = next((c for c in learn.callbacks if isinstance(c, SpoolReport)), None)
             if report is not None:
-                spool, run = Path(report.path), report.run
+                spool, run = Path(report.path), report.run_id
             else:
                 home = self.folder
                 if is_url(home):  # the controller appends to the spool, and storage at a URL only takes whole files
@@ -162,11 +162,11 @@ class SpoolReport(Callback):
     order = 80
 
     def __init__(self, path: str, run: str):
-        self.path, self.run = path, run
+        self.path, self.run_id = path, run
 
     def after_epoch(self, learn: Learner) -> None:
         if distributed.rank() == 0:
-            append_epoch(self.path, self.run, dict(learn.recorder.values))
+            append_epoch(self.path, self.run_id, dict(learn.recorder.values))
 
 
 class _TrainReport(Callback):

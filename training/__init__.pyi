@@ -7,6 +7,7 @@ from .callback import CancelFitException as CancelFitException
 from .callback import CancelStepException as CancelStepException
 from .callback import CancelTrainException as CancelTrainException
 from .callback import CancelValidException as CancelValidException
+from .callback import before_batch_cb as before_batch_cb
 from .callbacks import BatchTransforms as BatchTransforms
 from .callbacks import Progress as Progress
 from .callbacks import Recorder as Recorder

@@ -14,6 +14,8 @@ the flow:
 """
 
 import difflib
+import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,9 +55,18 @@ class CancelFitException(CancelException):
 
 
 class Callback:
-    """Override the events you need; those you do not override cost nothing. Lower `order` is called first."""
+    """Override the events you need; those you do not override cost nothing. Lower `order` is called first.
+
+    run: switched off, at any time, it is called no more until the end of the fit, which switches it on again. run_train,
+    run_valid: whether it is called in training batches and in the others. remove_on_fetch: `FetchPredictions` predicts
+    without it.
+    """
 
     order: int = 0
+    run: bool = True
+    run_train: bool = True
+    run_valid: bool = True
+    remove_on_fetch: bool = False
 
     def after_create(self, learn: "Learner") -> None:
         """The Learner has been made, or the callback added to it."""
@@ -144,11 +155,22 @@ class Callback:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for attribute, value in vars(cls).items():
-            if callable(value) and not attribute.startswith("_") and attribute not in vars(Callback):
+            if attribute in EVENTS:
+                _check_signature(cls.__name__, attribute, value)
+            elif callable(value) and not attribute.startswith("_") and attribute not in vars(Callback):
                 _check_spelling(cls.__name__, attribute)
 
 
 EVENTS: tuple[str, ...] = tuple(n for n in vars(Callback) if n.startswith(("before_", "after_")))
+
+
+def _check_signature(cls: str, event: str, method: Callable[..., Any]) -> None:
+    try:
+        inspect.signature(method).bind("self", "learn")
+    except TypeError:
+        raise TypeError(
+            f"an event is given the Learner: def {event}(self, learn), not {cls}.{event}{inspect.signature(method)}"
+        ) from None
 
 
 def _check_spelling(cls: str, method: str) -> None:
@@ -157,3 +179,13 @@ def _check_spelling(cls: str, method: str) -> None:
     if prefixed or near:
         hint = f"did you mean {near[0]!r}?" if near else f"the events are {', '.join(EVENTS)}"
         raise TypeError(f"{cls}.{method} is not an event of the training loop: {hint}")
+
+
+def before_batch_cb(function: "Callable[[Learner, Any, Any], tuple[Any, Any]]") -> Callback:
+    """A callback that makes each batch's `xb, yb = function(learn, xb, yb)`, as a decorator; fastai's, with ours as `self`."""
+
+    def before_batch(self: Callback, learn: "Learner") -> None:
+        learn.xb, learn.yb = function(learn, learn.xb, learn.yb)
+
+    name = getattr(function, "__name__", "BeforeBatch")
+    return type(name, (Callback,), {"before_batch": before_batch, "__doc__": function.__doc__})()

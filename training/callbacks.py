@@ -11,7 +11,7 @@ from blocks.tensors import TensorImage, as_plain
 from training import distributed
 from training.callback import Callback
 from training.metrics import values_over_ranks
-from training.optimizer import set_rates
+from training.optimizer import own_momentum_again, set_rates
 from training.schedule import top_and_spread
 
 if TYPE_CHECKING:
@@ -44,6 +44,10 @@ class ScheduledRates(Callback):
             momentum = None if phase.momentum is None else phase.momentum.at(progress)
             top, spread = top_and_spread(learn.run_lr)
             set_rates(learn.opt, top * phase.lr.at(progress), spread * phase.spread, momentum)
+
+    def after_fit(self, learn: "Learner") -> None:
+        if learn._opt is not None:
+            own_momentum_again(learn._opt)
 
 
 class Recorder(Callback):

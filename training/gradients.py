@@ -40,6 +40,9 @@ class GradientAccumulation(Callback):
     def after_train(self, learn: "Learner") -> None:
         learn.opt.zero_grad()  # what is left where the part was cut short, by ShortEpoch for one
 
+    def after_cancel_epoch(self, learn: "Learner") -> None:
+        learn.opt.zero_grad()  # there was no after_train
+
     def state_dict(self) -> dict[str, int]:
         return {"rows": self.rows}
 
@@ -62,10 +65,13 @@ class GradientClip(Callback):
 class BnFreeze(Callback):
     """Keeps the running statistics of frozen normalisation layers as they are; fastai's.
 
-    For layers that `freeze_to(..., train_bn=False)` froze.
+    For layers that `freeze_to(..., train_bn=False)` froze; one without parameters goes with the layer before it.
     """
 
     def before_train(self, learn: "Learner") -> None:
+        trains = True
         for module in learn.model.modules():
-            if isinstance(module, NORM_LAYERS) and not any(p.requires_grad for p in module.parameters()):
+            own = list(module.parameters(recurse=False))
+            trains = any(p.requires_grad for p in own) if own else trains
+            if isinstance(module, NORM_LAYERS) and not trains:
                 module.eval()  # the Learner's next model.train() takes it back

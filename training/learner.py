@@ -13,6 +13,7 @@ import contextlib
 import functools
 import itertools
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -54,10 +55,12 @@ if TYPE_CHECKING:
     from blocks.dataloaders import DataLoaders
     from training.ranks import Ranks
 
+IN_FLOAT32: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 Splitter = Callable[[nn.Module], Sequence[Sequence[nn.Parameter]]]
 Rate = float | slice
 
 IN_BATCH = frozenset(EVENTS[EVENTS.index("before_batch") : EVENTS.index("after_batch") + 1])
+OF_A_BATCH = ("batch", "xb", "yb", "pred", "loss", "loss_grad")  # what a callback changes as learn.xb, not as self.xb
 ALONE = frozenset({"after_create", "after_cancel_fit", "after_fit"})  # not every rank may get there
 
 
@@ -89,6 +92,7 @@ class Learner:
     pred: Any
     loss: Any
     loss_grad: Any
+    autocast: contextlib.AbstractContextManager[Any]  # what the model works in
 
     def __init__(
         self,
@@ -151,7 +155,15 @@ class Learner:
         self.callbacks = [c for c in self.callbacks if c is not callback]
         self._listen()
 
-    add_cb, remove_cb = add_callback, remove_callback  # fastai's names
+    def add_cbs(self, callbacks: Iterable[Callback]) -> None:
+        """Have each of `callbacks` called from now on."""
+        for callback in callbacks:
+            self.add_callback(callback)
+
+    def remove_cbs(self, callbacks: Iterable[Callback]) -> None:
+        """Have none of `callbacks` called any more."""
+        for callback in callbacks:
+            self.remove_callback(callback)
 
     def _listen(self) -> None:
         # Found once, so that an event nobody listens to costs one look-up.
@@ -163,13 +175,11 @@ class Learner:
     @contextlib.contextmanager
     def added_callbacks(self, *callbacks: Callback) -> Iterator[None]:
         """With these callbacks as well."""
-        for callback in callbacks:
-            self.add_callback(callback)
+        self.add_cbs(callbacks)
         try:
             yield
         finally:
-            for callback in callbacks:
-                self.remove_callback(callback)
+            self.remove_cbs(callbacks)
 
     @contextlib.contextmanager
     def removed_callbacks(self, *callbacks: Callback) -> Iterator[None]:
@@ -200,6 +210,15 @@ class Learner:
         """Without a printed line an epoch, and without a progress bar."""
         return self.removed_callbacks(*(c for c in self.callbacks if isinstance(c, Progress)))
 
+    # fastai's names. It has a bar of the epochs as well, which is `no_mbar`'s.
+    add_cb, remove_cb, added_cbs, removed_cbs, no_mbar = (
+        add_callback,
+        remove_callback,
+        added_callbacks,
+        removed_callbacks,
+        no_bar,
+    )
+
     if not TYPE_CHECKING:  # a misspelled attribute stays an error for mypy
 
         def __getattr__(self, name: str) -> Any:
@@ -213,15 +232,19 @@ class Learner:
             return found[0]
 
     def __call__(self, event: str) -> None:
-        """Call `event` of each callback, in order."""
+        """Call `event` of each callback that is switched on, in order."""
+        in_batch = event in IN_BATCH
         for method in self._listeners[event]:
+            callback: Callback = method.__self__  # type: ignore[attr-defined]
+            if not callback.run or (in_batch and not (callback.run_train if self.training else callback.run_valid)):
+                continue
             try:
                 method(self)
             except CancelException as cancel:
-                if self._ranks is None or not self._ranks.takes(cancel, self.training, event in IN_BATCH):
+                if self._ranks is None or not self._ranks.takes(cancel, self.training, in_batch):
                     raise
                 break
-        if self._ranks is not None and event not in IN_BATCH and event not in ALONE:
+        if self._ranks is not None and not in_batch and event not in ALONE:
             self._ranks.agree()
 
     def _with_events(
@@ -389,6 +412,7 @@ class Learner:
             from training.ranks import Ranks
 
             self._ranks = Ranks(self.model)
+        off = [c for c in self.callbacks if not c.run]
         try:
             self._all_phases()
         except Exception as error:
@@ -398,12 +422,14 @@ class Learner:
             if self._ranks is not None:
                 self._ranks.end()
                 self._ranks = None
-            self._end_fit()
+            self._end_fit(off)
 
-    def _end_fit(self) -> None:
+    def _end_fit(self, off: Sequence[Callback]) -> None:
         # Each callback gets to restore what it changed, after another one's error too; the first error is the one raised.
         first: Exception | None = None
         for method in self._listeners["after_fit"]:
+            if method.__self__ in off:  # type: ignore[attr-defined]
+                continue  # it did not hear of the beginning
             try:
                 method(self)
             except Exception as error:  # noqa: BLE001
@@ -412,6 +438,9 @@ class Learner:
                     first = error
                 else:
                     first.add_note(f"then {type(error).__name__}: {error} ({'; '.join(error.__notes__)})")
+        for callback in self.callbacks:
+            if not callback.run:
+                callback.run = True
         if first is not None:
             raise first
 
@@ -420,18 +449,22 @@ class Learner:
             self("before_fit")
             self._each_phase()
         except CancelFitException:
-            state.remember(self)
             self("after_cancel_fit")
 
     def _each_phase(self) -> None:
         if self.position.opens_epoch:
             self._restore()
-        while self.position.phase < len(self.schedule):
-            self.phase, self.epoch_in_phase = self.schedule[self.position.phase], self.position.epoch
-            if self.phase.freeze_to is not None and self.epoch_in_phase == 0 and self.position.opens_epoch:
-                self.freeze_to(self.phase.freeze_to, self.phase.train_bn)
-            self._with_events(self._one_epoch, "epoch", CancelEpochException, self._epoch_is_done)
-            self.epoch += 1
+        try:
+            while self.position.phase < len(self.schedule):
+                self.phase, self.epoch_in_phase = self.schedule[self.position.phase], self.position.epoch
+                if self.phase.freeze_to is not None and self.epoch_in_phase == 0 and self.position.opens_epoch:
+                    self.freeze_to(self.phase.freeze_to, self.phase.train_bn)
+                self._with_events(self._one_epoch, "epoch", CancelEpochException, self._epoch_is_done)
+                self.epoch += 1
+        except BaseException:  # a cancel, an error, Ctrl-C: `resume` can go on from here
+            if self._to_restore is None:  # else it has not come to the place where the last one stopped
+                state.remember(self)
+            raise
 
     def _restore(self) -> None:
         # After the events before the place where a loaded run goes on: what callbacks set up in them is then as it was.
@@ -454,6 +487,14 @@ class Learner:
             self.dl.set_epoch(self.epochs_trained)
         self.model.train()
         self._with_events(self._all_batches, "train", CancelTrainException, self._train_is_done)
+        for callback in self.callbacks:
+            own = [name for name in OF_A_BATCH if hasattr(callback, name)]
+            if own:
+                warnings.warn(
+                    f"{callback.name} has attributes of its own called {', '.join(own)}: the Learner's are learn.{own[0]} and "
+                    "so on, and do not change with them",
+                    stacklevel=2,
+                )
 
     def _train_is_done(self) -> None:
         self.position.trained = True
@@ -533,6 +574,7 @@ class Learner:
         # Plain batches of several ranks are taken to be of one size.
         self.global_rows = getattr(self.batch, "global_rows", self.rows * distributed.world())
         self.pred = self.loss = self.loss_grad = None
+        self.autocast = IN_FLOAT32
         self.loss_count: Tensor | float = self.rows
         if self._ranks is not None:
             self._ranks.begin_batch(self.training, borrowed=self.rows == 0)
@@ -551,7 +593,8 @@ class Learner:
 
     def _one_batch(self) -> None:
         # Plain tensors from here on: dispatch on a subclass costs microseconds for every operation of the model.
-        self.pred = self.model(*(as_plain(x) for x in self.xb))
+        with self.autocast:
+            self.pred = self.model(*(as_plain(x) for x in self.xb))
         self("after_pred")
         if self.yb:
             self._take_loss(*(as_plain(y) for y in self.yb))

@@ -102,8 +102,12 @@ class _RisingRates(Callback):
             group["lr"] = self.lr
 
     def after_batch(self, learn: "Learner") -> None:
-        mine = torch.stack([learn.loss.cpu().double(), torch.ones((), dtype=torch.float64)]) * learn.loss_count
+        mine = torch.zeros(2, dtype=torch.float64)
+        if learn.loss is not None:  # else the batch was cancelled before
+            mine = torch.stack([learn.loss.cpu().double(), torch.ones((), dtype=torch.float64)]) * learn.loss_count
         total, count = distributed.sum_over_ranks(mine).tolist()
+        if not count:
+            return
         self.mean += (1 - SMOOTHING) * (total / count - self.mean)
         self.lrs.append(self.lr)
         self.losses.append(self.mean / (1 - SMOOTHING ** len(self.lrs)))
@@ -147,6 +151,8 @@ def lr_find(
     lrs, losses = np.array(rising.lrs)[num_it // 10 : -5], np.array(rising.losses)[num_it // 10 : -5]
     finite = np.isfinite(losses)
     lrs, losses = lrs[finite], losses[finite]
+    if not rising.lrs:
+        raise ValueError("no batch had a loss: the batches have no targets, or a callback cancels all of them before")
     if len(lrs) < 3:
         raise ValueError(f"the loss grew out of bounds within {len(rising.lrs)} batches: begin below start_lr={start_lr}")
     return FoundRates(lrs, losses, {f.__name__: f(lrs, losses) for f in suggest_funcs})

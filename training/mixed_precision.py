@@ -26,7 +26,6 @@ class MixedPrecision(Callback):
         self.dtype = dtype
         self.scale: dict[str, Any] = {}  # the scaler's state, between fits
         self._scaler: torch.amp.GradScaler | None = None
-        self._autocast: torch.autocast | None = None
 
     def before_fit(self, learn: "Learner") -> None:
         if self.dtype is torch.float16:
@@ -35,12 +34,9 @@ class MixedPrecision(Callback):
                 self._scaler.load_state_dict(self.scale)
 
     def before_batch(self, learn: "Learner") -> None:
-        self._leave()  # of an epoch that was cancelled
-        self._autocast = torch.autocast(learn.device.type, self.dtype)
-        self._autocast.__enter__()
+        learn.autocast = torch.autocast(learn.device.type, self.dtype)
 
     def after_pred(self, learn: "Learner") -> None:
-        self._leave()
         learn.pred = _as_float32(learn.pred)
 
     def before_backward(self, learn: "Learner") -> None:
@@ -57,23 +53,8 @@ class MixedPrecision(Callback):
             if not step.finite:
                 raise CancelStepException
 
-    def after_cancel_batch(self, learn: "Learner") -> None:
-        self._leave()
-
-    def after_train(self, learn: "Learner") -> None:
-        self._leave()  # where more than a batch was cancelled before the prediction
-
-    def after_validate(self, learn: "Learner") -> None:
-        self._leave()
-
     def after_fit(self, learn: "Learner") -> None:
-        self._leave()
         self._scaler = None
-
-    def _leave(self) -> None:
-        if self._autocast is not None:
-            self._autocast.__exit__(None, None, None)
-            self._autocast = None
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.scale)

@@ -211,6 +211,8 @@ def set_hyper(optimizer: torch.optim.Optimizer, name: str, value: float | Sequen
     values = _spread(value, max(number_of) + 1)
     for group, number in zip(optimizer.param_groups, number_of, strict=True):
         set_group_hyper(group, name, values[number])
+        if name in ("mom", "momentum") and "own_momentum" in group:  # in a run, whose phases set it
+            group["own_momentum"] = values[number]
 
 
 def _spread(value: float | Sequence[float] | slice, n: int) -> list[float]:
@@ -308,6 +310,13 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, spread: float, moment
         if "mom" in group or "betas" in group or group.get("momentum"):
             own = group.setdefault("own_momentum", group_hyper(group, "mom"))
             set_group_hyper(group, "mom", own if momentum is None else momentum)
+
+
+def own_momentum_again(optimizer: torch.optim.Optimizer) -> None:
+    """Give each group back the momentum it had before `set_rates`."""
+    for group in optimizer.param_groups:
+        if "own_momentum" in group:
+            set_group_hyper(group, "mom", group.pop("own_momentum"))
 
 
 def one_group(model: nn.Module) -> list[list[nn.Parameter]]:

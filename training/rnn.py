@@ -6,6 +6,7 @@ A recurrent model returns (prediction, raw outputs, outputs after dropout), the 
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from training.callback import Callback
@@ -40,7 +41,14 @@ class ModelResetter(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self._model is not None:
-            self._model.hidden = state["hidden"]
+            device = next((p.device for p in self._model.parameters()), None)
+            self._model.hidden = _moved(state["hidden"], device)
+
+
+def _moved(hidden: Any, device: torch.device | None) -> Any:
+    if isinstance(hidden, Tensor):
+        return hidden.to(device)
+    return type(hidden)(_moved(part, device) for part in hidden) if isinstance(hidden, tuple | list) else hidden
 
 
 class RNNRegularizer(Callback):

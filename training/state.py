@@ -1,7 +1,7 @@
 """The state of a Learner: all that a training needs to go on as if it had not been broken off.
 
-Tensors, numbers, strings, lists and dicts only, so that `torch.load(weights_only=True)` reads it. "callbacks", "generators"
-and "epoch_generators" are this rank's own; the rest is the same on every rank.
+Tensors, numbers, strings, lists and dicts only, so that `torch.load(weights_only=True)` reads it. "callbacks", "off" (the
+names of those switched off), "generators" and "epoch_generators" are this rank's own; the rest is the same on every rank.
 """
 
 import copy
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from training import distributed
 from training.callback import Callback
 from training.schedule import Schedule, schedule_from_plain, schedule_to_plain
 
@@ -59,8 +60,7 @@ def state_dict(learn: "Learner") -> dict[str, Any]:
         "schedule": schedule_to_plain(learn.schedule),
         "lr": [lr.start, lr.stop] if isinstance(lr, slice) else lr,
         "position": asdict(learn.position) | {"epoch_of_run": learn.epoch, "epochs_trained": learn.epochs_trained},
-        "callbacks": {key: c.state_dict() for key, c in _keyed(learn.callbacks)},
-        "generators": generators(),
+        **_own_state(learn),
         "epoch_generators": learn.epoch_generators,
     }
 
@@ -83,14 +83,19 @@ def load_state_dict(learn: "Learner", state: dict[str, Any]) -> None:
     learn.epoch, learn.epochs_trained = position.pop("epoch_of_run"), position.pop("epochs_trained")
     learn.position = Position(**position)
     learn.epoch_generators = state["epoch_generators"]
-    learn._to_restore = {key: state[key] for key in ("callbacks", "generators")}
+    learn._to_restore = {key: state[key] for key in ("callbacks", "off", "generators")}
     restore(learn)
 
 
 def remember(learn: "Learner") -> None:
     """Keep what `restore` needs, of a run that stops here."""
-    callbacks = {key: c.state_dict() for key, c in _keyed(learn.callbacks)}
-    learn._to_restore = copy.deepcopy({"callbacks": callbacks, "generators": generators()})
+    learn._to_restore = copy.deepcopy(_own_state(learn))
+
+
+def _own_state(learn: "Learner") -> dict[str, Any]:
+    keyed = list(_keyed(learn.callbacks))
+    callbacks = {key: c.state_dict() for key, c in keyed}
+    return {"callbacks": callbacks, "off": [key for key, c in keyed if not c.run], "generators": generators()}
 
 
 def restore(learn: "Learner") -> None:
@@ -99,16 +104,19 @@ def restore(learn: "Learner") -> None:
         for key, callback in _keyed(learn.callbacks):
             if key in learn._to_restore["callbacks"]:
                 callback.load_state_dict(learn._to_restore["callbacks"][key])
+            if key in learn._to_restore["off"]:
+                callback.run = False
         set_generators(learn._to_restore["generators"])
 
 
 def save(learn: "Learner", path: str | Path) -> Path:
-    """Write the state to the file `path`, whole or not at all."""
+    """Write the state to the file `path`, whole or not at all. Of several ranks the first one writes, its own part."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
-    torch.save(learn.state_dict(), unfinished)
-    unfinished.replace(path)
+    if distributed.rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}-{os.getpid()}")
+        torch.save(learn.state_dict(), unfinished)
+        unfinished.replace(path)
     return path
 
 

@@ -22,6 +22,7 @@ from training import (
     CancelValidException,
     CrossEntropyLossFlat,
     Learner,
+    before_batch_cb,
 )
 
 FORWARD = ["before_batch", "after_pred", "after_loss"]
@@ -482,3 +483,87 @@ def test_an_error_in_after_fit_does_not_hide_the_one_before() -> None:
     with pytest.raises(KeyError) as raised:
         learn.fit(1)
     assert isinstance(raised.value.__context__, ZeroDivisionError)
+
+
+# --- switching callbacks off ---------------------------------------------------------------------------------------------
+
+
+def test_run_train_and_run_valid_choose_the_batches_a_callback_is_called_in() -> None:
+    for in_train, in_valid in ((True, False), (False, True), (False, False)):
+        events = Events()
+        events.run_train, events.run_valid = in_train, in_valid
+        sgd_learner(events, train=(2, 2, 2), valid=(3, 3)).fit(1)
+        assert Counter(events.seen)["after_batch"] == 3 * in_train + 2 * in_valid
+        assert Counter(events.seen)["before_train"] == 1  # not an event of a batch
+
+
+def test_a_callback_that_is_switched_off_rests_until_the_fit_is_over() -> None:
+    events = Events()
+    learn = sgd_learner(events)
+    events.seen.clear()
+    events.run = False
+    learn.fit(1)
+    assert not events.seen
+    learn.fit(1)
+    assert events.seen == events_of(1, 3, 2)
+
+
+def test_one_that_switches_itself_off_still_hears_of_the_end() -> None:
+    class Once(Events):
+        def before_train(self, learn: Learner) -> None:
+            self.run = False
+
+    once = Once()
+    sgd_learner(once).fit(1)
+    assert once.seen == ["after_create", "before_fit", "before_epoch", "after_fit"]
+
+
+def test_what_was_switched_off_is_part_of_the_state() -> None:
+    class Once(Callback):
+        def __init__(self) -> None:
+            self.batches = 0
+
+        def before_batch(self, learn: Learner) -> None:
+            self.batches += 1
+            self.run = False
+
+        def after_batch(self, learn: Learner) -> None:
+            raise AssertionError
+
+    states: list[Any] = []
+    learn = sgd_learner(Once(), doing("after_batch", lambda learn: states.append(learn.state_dict()), order=100))
+    learn.fit(1)
+    fresh = sgd_learner(Once())
+    fresh.load_state_dict(states[0])
+    fresh.resume()
+    assert fresh.once.batches == 0
+
+
+def test_an_event_without_the_learner_fails_where_it_is_defined() -> None:
+    with pytest.raises(TypeError, match=r"def before_batch\(self, learn\), not Fastais.before_batch\(self\)"):
+
+        class Fastais(Callback):
+            def before_batch(self) -> None:  # type: ignore[override]
+                pass
+
+
+def test_an_attribute_of_a_callback_that_looks_like_the_learners_gives_a_warning() -> None:
+    class Doubles(Callback):
+        def after_pred(self, learn: Learner) -> None:
+            self.pred = learn.pred * 2
+
+    with pytest.warns(UserWarning, match=r"Doubles has attributes of its own called pred: the Learner's are learn.pred"):
+        sgd_learner(Doubles()).fit(1)
+
+
+def test_a_function_of_the_batch_becomes_a_callback() -> None:
+    @before_batch_cb
+    def doubled(learn: Learner, xb: Any, yb: Any) -> tuple[Any, Any]:
+        return tuple(2 * x for x in xb), yb
+
+    seen: list[bool] = []
+    note = doing("after_pred", lambda learn: seen.append(torch.equal(learn.xb[0], 2 * learn.batch[0])))
+    learn = sgd_learner(doubled, note)
+    learn.fit(1)
+    assert seen == [True] * 5
+    assert learn.doubled is doubled

@@ -8,6 +8,7 @@ from blocks import DataLoaders
 from training import (
     BnFreeze,
     Callback,
+    CancelEpochException,
     CrossEntropyLossFlat,
     GradientAccumulation,
     GradientClip,
@@ -92,3 +93,40 @@ def test_what_a_cut_epoch_leaves_does_not_get_into_the_next() -> None:
     cut.fit(2)
     whole.fit(2)
     torch.testing.assert_close(weights(cut), weights(whole))
+
+
+def test_a_cancelled_epoch_leaves_no_gradients_to_the_next() -> None:
+    class CancelsFirst(Callback):
+        order = 100
+
+        def after_batch(self, learn: Learner) -> None:
+            if learn.epoch == 0 and learn.training:
+                raise CancelEpochException
+
+    cut, whole = (
+        linear_learner((4, 4, 4), GradientAccumulation(8), CancelsFirst()),
+        linear_learner((4, 4, 4), GradientAccumulation(8)),
+    )
+    cut.fit(2)
+    whole.fit(1)
+    torch.testing.assert_close(weights(cut), weights(whole), rtol=0, atol=0)
+
+
+def test_a_norm_layer_without_parameters_is_frozen_with_the_layer_before_it() -> None:
+    def learner(*frozen: int) -> Learner:
+        torch.manual_seed(0)
+        layers = (
+            nn.Linear(3, 4),
+            nn.BatchNorm1d(4, affine=False),
+            nn.Linear(4, 4),
+            nn.BatchNorm1d(4, affine=False),
+            nn.Linear(4, 2),
+        )
+        learn = Learner(linear_learner((4, 4, 4)).dls, nn.Sequential(*layers), CrossEntropyLossFlat(), callbacks=[BnFreeze()])
+        for i in frozen:
+            learn.model[i].requires_grad_(False)
+        learn.fit(1)
+        return learn
+
+    moved = [[bool(learner(*frozen).model[i].running_mean.any()) for i in (1, 3)] for frozen in ((), (0,), (0, 2))]
+    assert moved == [[True, True], [False, True], [False, False]]

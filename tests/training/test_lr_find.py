@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from blocks import DataLoaders
-from training import CSVLogger, Learner, SaveBest, accuracy, body_and_head, minimum, slide, steep, valley
+from training import CancelBatchException, CSVLogger, Learner, SaveBest, accuracy, body_and_head, minimum, slide, steep, valley
 
 from .toy import assert_same, batches, data, deep, doing, learner
 
@@ -103,3 +103,16 @@ def test_a_plot_is_returned() -> None:
 def test_wrong_ranges_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="rates rise from above 0, in 20 batches or more"):
         finding().lr_find(**wrong)
+
+
+def test_batches_that_are_cancelled_before_their_loss_are_left_out() -> None:
+    def cancel(learn: Learner) -> None:
+        if every or learn.iter % 2:
+            raise CancelBatchException
+
+    every = False
+    learn = learner(data((4, 4, 4, 4)), callbacks=[doing("after_pred", cancel)])
+    assert len(learn.lr_find(num_it=40).lrs) > 3
+    every = True
+    with pytest.raises(ValueError, match="no batch had a loss"):
+        learn.lr_find(num_it=40)

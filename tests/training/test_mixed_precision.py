@@ -136,3 +136,12 @@ def test_nothing_stays_in_half_precision_when_more_than_a_batch_is_cancelled(can
 
     tiny_learner(MixedPrecision(), Cancels()).fit(2)
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_an_error_of_the_model_leaves_no_half_precision_behind() -> None:
+    learn = tiny_learner(MixedPrecision())
+    learn.model.register_forward_pre_hook(lambda module, given: 1 / 0)
+    for run in (learn.validate, lambda: learn.fit(1)):
+        with pytest.raises(ZeroDivisionError):
+            run()
+        assert not torch.is_autocast_enabled("cpu")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training import SGD, Adam, body_and_head
+from training import SGD, Adam, Callback, Learner, body_and_head, one_cycle
 from training.optimizer import (
     OptimizerFunction,
     OptimWrapper,
@@ -224,3 +224,26 @@ def test_a_learner_sets_the_decay_of_any_optimizer(opt_func: OptimizerFunction) 
         learn.fit(1, wd=wd)
         assert get_hyper(learn.opt, "wd") == [wd if group.get("decays", True) else 0.0 for group in learn.opt.param_groups]
     assert set(get_hyper(learn.opt, "wd")) == {0.25, 0.0}
+
+
+@pytest.mark.parametrize("opt_func", [Adam, partial(SGD, mom=0.5), torch.optim.Adam, partial(torch.optim.SGD, momentum=0.5)])
+def test_a_momentum_that_was_set_is_kept_through_a_run_whose_phases_set_their_own(opt_func: Any) -> None:
+    learn = learner(opt_func=opt_func)
+    own = get_hyper(learn.opt, "mom")
+    learn.fit(one_cycle(1))
+    assert get_hyper(learn.opt, "mom") == own
+    set_hyper(learn.opt, "mom", 0.25)
+    learn.fit(one_cycle(1))
+    learn.fit(1)
+    assert set(learn.recorder.momenta[-3:]) == {0.25}
+    assert get_hyper(learn.opt, "mom") == [0.25] * len(own)
+
+
+def test_a_momentum_that_a_callback_sets_in_a_run_is_kept_where_the_phase_sets_none() -> None:
+    class Sets(Callback):
+        def after_epoch(self, learn: Learner) -> None:
+            set_hyper(learn.opt, "mom", 0.3)
+
+    learn = learner(callbacks=[Sets()])
+    learn.fit(2)
+    assert learn.recorder.momenta == [0.9] * 3 + [0.3] * 3

@@ -53,3 +53,10 @@ def test_the_state_is_reset_before_each_part_and_at_the_end() -> None:
     learn = Learner(dls, Told(), CrossEntropyLossFlat(), callbacks=[RNNRegularizer(), ModelResetter()])
     learn.fit(2)
     assert learn.model.resets == [True, False, True, False, False]
+
+
+def test_a_restored_state_lies_where_the_model_does() -> None:
+    resetter, model = ModelResetter(), Told().to("meta")
+    resetter._model = model
+    resetter.load_state_dict({"hidden": (torch.zeros(2), [torch.ones(1)])})
+    assert model.hidden[0].device == model.hidden[1][0].device == torch.device("meta")

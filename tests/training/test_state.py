@@ -296,3 +296,54 @@ def test_a_loss_with_a_state_of_tensors_is_trained_where_the_model_is() -> None:
     learn = learner(loss_func=Scaled(), opt_func=partial(torch.optim.SGD, lr=0.1))
     learn.fit(1)
     assert learn.recorder.history[0]["train/loss"] > 0
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("event", ["before_batch", "after_batch", "after_epoch", "before_fit"])
+def test_a_run_that_failed_goes_on_with_its_whole_record(event: str, error: type[BaseException]) -> None:
+    """Once: the epoch's loss was that of the batches after the error alone."""
+    failed: list[bool] = []
+
+    def fail(learn: Learner) -> None:
+        if not failed and (
+            event == "before_fit" or (learn.training, learn.epoch, learn.iter) == (True, 1, 1) or event == "after_epoch"
+        ):
+            failed.append(True)
+            raise error
+
+    unbroken = trained(data())
+    torch.manual_seed(7)
+    unbroken.fit(SCHEDULE)
+    broken = trained(data())
+    broken.add_callback(doing(event, fail, order=100))
+    torch.manual_seed(7)
+    with pytest.raises(error):
+        broken.fit(SCHEDULE)
+    broken.resume()
+    broken.callbacks.pop()
+    assert_same(ended(broken), ended(unbroken))
+
+
+def test_a_resumed_run_that_fails_before_its_place_can_be_resumed_again() -> None:
+    def fail(learn: Learner) -> None:
+        raise ZeroDivisionError
+
+    unbroken = trained(data())
+    torch.manual_seed(7)
+    unbroken.fit(SCHEDULE)
+    stop, fresh = SaveAndStop("after_batch", 4), trained(data())
+    broken = trained(data())
+    torch.manual_seed(7)
+    broken.fit(SCHEDULE, callbacks=[stop])
+    assert stop.state is not None
+    fresh.load_state_dict(stop.state)
+    with pytest.raises(ZeroDivisionError):
+        fresh.resume(callbacks=[doing("before_train", fail, order=100)])
+    fresh.resume()
+    assert_same(ended(fresh), ended(unbroken))
+
+
+def test_of_several_ranks_the_first_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learn = trained(data())
+    monkeypatch.setattr("training.distributed.rank", lambda: 1)
+    assert not learn.save(tmp_path / "learner.pt").exists()
