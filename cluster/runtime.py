@@ -5,6 +5,8 @@ import logging
 import os
 import signal
 import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -16,11 +18,17 @@ SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # else each report waits up to two seconds for the controller
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody reads its notices yet; a process fewer
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # what was free a moment ago and is not is asked for again
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",  # after an error on one rank the others wait for it, in a collective
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same on the workers as here
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own output would stand between ours
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # with it an interrupted sweep looks like one that ended
 }
+
+BUSY_SECONDS = 60.0  # then others are not about to give back what they hold
+RELEASE_SECONDS = 3.0  # what a run of one's own held is free again by then
+POLL_SECONDS = 0.2
 
 _start: "Future[None] | None" = None
 
@@ -99,14 +107,39 @@ def stop_ray() -> None:
     psutil.wait_procs(left, timeout=5)
 
 
-def check_resources(**asked: float) -> None:
-    """ResourceError, at once, when the cluster has fewer `CPU` or `GPU` than asked: Ray itself would wait for ever."""
+def check_resources(workers: int, gpu: bool = False, *, asked: str, say: Callable[[str], None] = print) -> None:
+    """Have room for so many workers of one CPU (and one GPU) each; alone, Ray would wait for ever.
+
+    asked: what needs them, in words. ResourceError at once when the cluster is too small; when others hold what it has, after
+    `BUSY_SECONDS`, and `say` says that it waits.
+    """
     import ray
 
-    there = ray.cluster_resources()
-    for kind, amount in asked.items():
-        if amount > there.get(kind, 0):
-            raise ResourceError(
-                f"{amount:g} {kind}s are asked for, the cluster has {there.get(kind, 0):g}: "
-                f"give workers={int(there.get(kind, 0))} or fewer, or start more nodes"
-            )
+    kinds = ("CPU", "GPU") if gpu else ("CPU",)
+    there, need = ray.cluster_resources(), _amounts(dict.fromkeys(kinds, workers), kinds)
+    fit = sum(min(int(node["Resources"].get(kind, 0)) for kind in kinds) for node in ray.nodes() if node["Alive"])
+    if workers > fit:
+        raise ResourceError(
+            f"no room for {asked}: it takes {need}, the cluster has {_amounts(there, kinds)}. {_instead(fit, gpu)}"
+        )
+    began, said = time.monotonic(), False
+    while any(workers > (free := ray.available_resources()).get(kind, 0) for kind in kinds):
+        waited = time.monotonic() - began
+        told = f"it takes {need}, others hold all but {_amounts(free, kinds)} of the cluster's {_amounts(there, kinds)}"
+        if waited > BUSY_SECONDS:
+            instead = _instead(min(int(free.get(kind, 0)) for kind in kinds), gpu)
+            raise ResourceError(f"no room for {asked} within {waited:.0f} s: {told}. {instead}, or wait until they are done")
+        if waited > RELEASE_SECONDS and not said:
+            say(f"wait: {told}; at most {BUSY_SECONDS:g} s for {asked}")
+            said = True
+        time.sleep(POLL_SECONDS)
+
+
+def _amounts(of: Mapping[str, float], kinds: Sequence[str]) -> str:
+    return " and ".join(f"{of.get(kind, 0):g} {kind}{'s' * (of.get(kind, 0) != 1)}" for kind in kinds)
+
+
+def _instead(fit: int, gpu: bool) -> str:
+    if fit:
+        return f"Give {fit} or fewer, or start more nodes"
+    return "Leave gpu=True out, or start nodes with GPUs" if gpu else "Give 0 to train in this process, or start more nodes"

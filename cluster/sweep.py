@@ -103,7 +103,7 @@ def sweep(
     spool, run = folder / SPOOL, folder.name
     with Tracker(spool, places().tracking, experiment=first.name) as tracker:
         start_ray()
-        check_resources(CPU=1)
+        check_resources(1, asked="a trial", say=say)
         dls = _prepared_once(make, space, candidates, say)
         metric, mode = _target(new_learner(first, dls))
         tracker.opened()

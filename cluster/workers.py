@@ -96,7 +96,8 @@ class Workers:
         import ray.train.torch  # noqa: F401  seconds, which pass while Ray starts
 
         start_ray()
-        check_resources(CPU=self.least, **({"GPU": self.least} if self.gpu else {}))
+        at_least = "at least " * (self.least < self.most)
+        check_resources(self.least, self.gpu, asked=f"{at_least}{self.least} worker{'s' * (self.least != 1)}")
 
     def run(self, learn: Learner, schedule: Schedule, lr: Rate, resume: str | None) -> None:
         """Train a copy of `learn` on the workers; afterwards `learn` looks as if it had trained here.

@@ -13,7 +13,6 @@ from torch import nn
 from blocks import DataBlock, DataLoaders
 from blocks.errors import UserError
 from cluster import Workers, dataloaders
-from cluster.runtime import ResourceError
 from training import Callback, Learner, accuracy, flat, model_builder
 
 pytestmark = pytest.mark.usefixtures("ray_running")
@@ -72,11 +71,6 @@ def test_an_error_on_a_worker_arrives_as_itself(learner: Callable[[], Learner]) 
     with pytest.raises(RuntimeError, match="out of ideas") as caught:
         learn.fit(flat(3), on=Workers(2))
     assert "FailsInTheSecondEpoch.before_train" in "".join(getattr(caught.value, "__notes__", [])) + str(caught.value)
-
-
-def test_more_workers_than_there_are_cpus_are_refused(learner: Callable[[], Learner]) -> None:
-    with pytest.raises(ResourceError, match=r"640 CPUs are asked for, the cluster has \d+: give workers=\d+ or fewer"):
-        learner().fit(1, on=Workers(640))
 
 
 def test_workers_are_asked_for() -> None:
