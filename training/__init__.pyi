@@ -121,6 +121,7 @@ from .metrics import foreground_acc as foreground_acc
 from .metrics import mae as mae
 from .metrics import mse as mse
 from .metrics import msle as msle
+from .metrics import optim_metric as optim_metric
 from .metrics import rmse as rmse
 from .metrics import skm_to_fastai as skm_to_fastai
 from .metrics import top_k_accuracy as top_k_accuracy

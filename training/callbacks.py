@@ -102,9 +102,10 @@ class Recorder(Callback):
             self._step_losses.append(learn.loss)
             self.rates.append(group["lr"])
             self.momenta.append(group["betas"][0] if "betas" in group else group.get("mom", group.get("momentum", 0.0)))
-        elif learn.rows:  # else it is a borrowed one
+        elif learn.rows and learn.metrics:  # without rows it is a borrowed one
+            targets = tuple(map(as_plain, learn.yb))
             for metric in learn.metrics:
-                metric.accumulate(learn.pred, as_plain(learn.yb[0]), learn.rows)
+                metric.accumulate(learn.pred, targets if len(targets) > 1 else targets[0], learn.rows)
 
     def after_train(self, learn: "Learner") -> None:
         if self._step_losses:

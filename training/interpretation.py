@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Row:
-    """One row as the model saw it, its target, and the prediction in the target's type."""
+    """One row as the model saw it, its targets, and the predictions in their types, where there is one for each."""
 
     loss: float
     inputs: tuple[Tensor, ...]
-    target: Tensor
-    predicted: Tensor
+    targets: tuple[Tensor, ...]
+    predicted: tuple[Tensor, ...]
 
 
 @dataclass
@@ -70,11 +70,19 @@ class Interpretation:
         if len(rows) < min(k, len(self.losses)):
             raise ValueError(f"only the {len(rows)} worst rows were kept: make it with from_learner(learn, k={k})")
         samples, predictions = [], []
+        n = len(rows[0].targets)
         for row in rows:
-            samples += self.dls.decode_batch([*(x[None] for x in row.inputs), row.target[None]])
-            predictions.append(self.dls.decode_batch([*(x[None] for x in row.inputs), row.predicted[None]])[0][-1])
+            if not row.predicted:
+                raise ValueError(
+                    "to draw them, the loss needs `decodes`, which makes the model's output a prediction of each target"
+                )
+            given, said = (
+                self.dls.decode_batch([x[None] for x in (*row.inputs, *targets)])[0] for targets in (row.targets, row.predicted)
+            )
+            samples.append(given)
+            predictions.append(said[-1] if n == 1 else said[-n:])
         losses = [row.loss for row in rows]
-        return plot_top_losses(rows[0].inputs[0], rows[0].target, samples=samples, predictions=predictions, losses=losses)
+        return plot_top_losses(rows[0].inputs[0], rows[0].targets[0], samples=samples, predictions=predictions, losses=losses)
 
 
 class _Watch(Callback):
@@ -91,33 +99,43 @@ class _Watch(Callback):
     def after_batch(self, learn: "Learner") -> None:
         if not learn.yb or learn.pred is None or not learn.rows:
             return
-        if len(learn.yb) > 1:
-            raise TypeError(f"one target is interpreted, but the data has {len(learn.yb)}")
-        (target,) = learn.yb
-        losses = loss_per_row(learn.loss_func, learn.pred, as_plain(target)).float().cpu()
+        targets = tuple(map(as_plain, learn.yb))
+        losses = loss_per_row(learn.loss_func, learn.pred, *targets).float().cpu()
         decoded = getattr(learn.loss_func, "decodes", lambda p: p)(learn.activation(learn.pred))
         self.ids += getattr(learn.batch, "ids", None) or [str(len(self.ids) + i) for i in range(len(losses))]
         self.losses.append(losses)
-        self.count(learn, decoded, as_plain(target))
-        self._keep_worst(learn, losses, decoded, target)
+        self.count(learn, decoded, *targets)
+        self._keep_worst(learn, losses, decoded if isinstance(decoded, tuple | list) else (decoded,))
 
-    def _keep_worst(self, learn: "Learner", losses: Tensor, decoded: Tensor, target: Tensor) -> None:
+    def _keep_worst(self, learn: "Learner", losses: Tensor, decoded: Sequence[Tensor]) -> None:
         bar = self.worst[-1].loss if len(self.worst) >= self.k else float("-inf")
         for place in losses.topk(min(self.k, len(losses))).indices.tolist():
             loss = float(losses[place])
             if loss > bar or len(self.worst) < self.k:
-                as_target = decoded[place].to(target.dtype).reshape(target[place].shape).as_subclass(type(target))
                 # Copies: a view of one row would keep its whole batch.
-                inputs = tuple(x[place].cpu().clone() for x in learn.xb)
-                self.worst.append(_Row(loss, inputs, target[place].cpu().clone(), as_target.cpu().clone()))
+                inputs, targets = (tuple(x[place].cpu().clone() for x in part) for part in (learn.xb, learn.yb))
+                said = [d[place] for d in decoded]
+                fits = [d.numel() for d in said] == [y.numel() for y in targets]
+                predicted = tuple(map(_like, said, targets)) if fits else ()
+                self.worst.append(_Row(loss, inputs, targets, predicted))
         self.worst = sorted(self.worst, key=lambda row: -row.loss)[: self.k]
 
-    def count(self, learn: "Learner", decoded: Tensor, target: Tensor) -> None:
+    def count(self, learn: "Learner", decoded: Any, *targets: Tensor) -> None:
         """What a kind of interpretation adds up beyond the losses."""
 
     def more(self, learn: "Learner") -> dict[str, Any]:
         """The further fields of the interpretation."""
         return {}
+
+
+def _like(said: Tensor, target: Tensor) -> Tensor:
+    return said.cpu().to(target.dtype, copy=True).reshape(target.shape).as_subclass(type(target))
+
+
+def _only(kind: str, targets: Sequence[Tensor]) -> Tensor:
+    if len(targets) > 1:
+        raise TypeError(f"{kind} are of one target, but the data has {len(targets)}: use Interpretation")
+    return targets[0]
 
 
 Interpretation._watcher = _Watch
@@ -130,7 +148,8 @@ class _WatchClasses(_Watch):
     confusion: Tensor | None = None
     counts: Tensor | None = None
 
-    def count(self, learn: "Learner", decoded: Tensor, target: Tensor) -> None:
+    def count(self, learn: "Learner", decoded: Any, *targets: Tensor) -> None:
+        target = _only("classes", targets)
         if decoded.shape != target.shape or (target.is_floating_point() and decoded.dtype is not torch.bool):
             raise TypeError(
                 f"classes are wanted, but here are targets of type {target.dtype} and shape {tuple(target.shape)}, and "
@@ -244,7 +263,8 @@ class _WatchValues(_Watch):
         super().__init__(k)
         self.pairs: list[Tensor] = []
 
-    def count(self, learn: "Learner", decoded: Tensor, target: Tensor) -> None:
+    def count(self, learn: "Learner", decoded: Any, *targets: Tensor) -> None:
+        target = _only("residuals", targets)
         if target.numel() != len(target) or decoded.numel() != len(target):
             raise TypeError(
                 f"residuals are of one number a row: here are targets of shape {tuple(target.shape)} and predictions of shape "

@@ -11,6 +11,7 @@ The factories below (`F1Score()`, `RocAuc()`, ...) make these. `pred` is the mod
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,9 +27,10 @@ from training.losses import BaseLoss, CrossEntropyLossFlat, L1LossFlat, MSELossF
 if TYPE_CHECKING:
     import torchmetrics
 
-# The mean over a batch's rows; or a sum and what to divide it by, where that is not the number of rows.
-MetricFunction = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
-Prepare = Callable[[Tensor, Tensor], tuple[Any, Any]]
+# Of (pred, targ), or (pred, *targets) where there are several: the mean over a batch's rows; or a sum and what to divide it by,
+# where that is not the number of rows.
+MetricFunction = Callable[..., Tensor | float | tuple[Tensor, Tensor]]
+Prepare = Callable[..., tuple[Any, Any]]
 
 
 class Metric:
@@ -41,8 +43,8 @@ class Metric:
         """Forget what was accumulated."""
         raise NotImplementedError
 
-    def accumulate(self, pred: Tensor, targ: Tensor, rows: int) -> None:
-        """Take in one batch of `rows` rows."""
+    def accumulate(self, pred: Any, targ: Any, rows: int) -> None:
+        """Take in one batch of `rows` rows. targ: the target, a tuple of several."""
         raise NotImplementedError
 
     def state(self) -> Any:
@@ -57,6 +59,22 @@ class Metric:
 def _name(function: Any) -> str:
     whole = function.func if isinstance(function, partial) else function
     return getattr(whole, "__name__", type(whole).__name__)
+
+
+def _called(function: Callable[..., Any], name: str, pred: Any, targ: Any) -> Any:
+    """`function` of the prediction and all targets. ValueError for one that takes a single target where there are several."""
+    if not isinstance(targ, tuple):
+        return function(pred, targ)
+    parameters = inspect.signature(function).parameters.values()
+    any_number = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    # A default is a setting, such as accuracy's axis.
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
+    if not any_number and len(positional) != 1 + len(targ):
+        raise ValueError(
+            f"the metric {name} is of one target, but the data has {len(targ)}: make it a function of all of them, such as "
+            "AvgMetric(lambda pred, first, second: accuracy(pred[0], first), name='first accuracy')"
+        )
+    return function(pred, *targ)
 
 
 def values_over_ranks(metrics: Iterable[Metric]) -> dict[str, float]:
@@ -93,13 +111,15 @@ class AvgMetric(Metric):
     def reset(self) -> None:
         self.total = torch.zeros(2, dtype=torch.float64)
 
-    def accumulate(self, pred: Tensor, targ: Tensor, rows: int) -> None:
-        found = self.function(pred, targ)
-        if isinstance(found, tuple):
-            halves = torch.stack([torch.as_tensor(half).detach().to("cpu", torch.float64) for half in found])
-        else:
-            halves = torch.stack([found.detach().to("cpu", torch.float64) * rows, torch.tensor(rows, dtype=torch.float64)])
-        self.total += halves
+    def accumulate(self, pred: Any, targ: Any, rows: int) -> None:
+        found = _called(self.function, self.name, pred, targ)
+        try:
+            total, count = map(_number, found) if isinstance(found, tuple) else (_number(found) * rows, rows)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"the metric {self.name} gave {found!r:.200}: it is a number, the mean over rows, or (sum, count)"
+            ) from error
+        self.total += torch.tensor([total, count], dtype=torch.float64)
 
     def state(self) -> tuple[float, float] | None:
         return (float(self.total[0]), float(self.total[1])) if self.total[1] > 0 else None
@@ -107,6 +127,10 @@ class AvgMetric(Metric):
     def value(self, states: Sequence[tuple[float, float]]) -> float:
         mean = sum(s for s, _ in states) / sum(n for _, n in states)
         return mean if self.then is None else self.then(mean)
+
+
+def _number(half: Any) -> float:
+    return float(half.detach() if isinstance(half, Tensor) else half)
 
 
 def accuracy(pred: Tensor, targ: Tensor, axis: int = -1) -> Tensor:
@@ -263,11 +287,13 @@ class TorchMetric(Metric):
         self._metric: torchmetrics.Metric | None = None
         self._classes = 0
 
-    def accumulate(self, pred: Tensor, targ: Tensor, rows: int) -> None:
+    def accumulate(self, pred: Any, targ: Any, rows: int) -> None:
         if self._metric is None:
+            if not isinstance(pred, Tensor):
+                raise TypeError(f"the metric {self.name} is of one output, not of a {type(pred).__name__}: use an AvgMetric")
             self._classes = pred.shape[self.axis]
             self._metric = self._new(self._classes)
-        self._metric.update(*self.prepare(pred.detach().cpu(), targ.cpu()))
+        self._metric.update(*_called(self.prepare, self.name, _on_cpu(pred), _on_cpu(targ)))
 
     def _new(self, classes: int) -> "torchmetrics.Metric":
         from torchmetrics.utilities import dim_zero_sum
@@ -497,8 +523,12 @@ class AccumMetric(Metric):
         self._preds: list[Tensor] = []
         self._targs: list[Tensor] = []
 
-    def accumulate(self, pred: Tensor, targ: Tensor, rows: int) -> None:
-        kept = self.prepare(pred.detach().cpu(), targ.cpu())
+    def __call__(self, pred: Any, targ: Any) -> Any:
+        """The metric of these rows."""
+        return self.function(*_called(self.prepare, self.name, _on_cpu(pred), _on_cpu(targ)))
+
+    def accumulate(self, pred: Any, targ: Any, rows: int) -> None:
+        kept = _called(self.prepare, self.name, _on_cpu(pred), _on_cpu(targ))
         self._preds.append(kept[0])
         self._targs.append(kept[1])
 
@@ -508,6 +538,35 @@ class AccumMetric(Metric):
     def value(self, states: Sequence[tuple[Tensor, Tensor]]) -> float:
         preds, targs = zip(*states, strict=True)
         return float(self.function(torch.cat(preds), torch.cat(targs)))
+
+
+def _on_cpu(x: Any) -> Any:
+    return x.detach().cpu() if isinstance(x, Tensor) else type(x)(map(_on_cpu, x))
+
+
+def optim_metric(
+    f: Callable[..., Any],
+    argname: str,
+    bounds: tuple[float, float],
+    tol: float = 0.01,
+    do_neg: bool = True,
+    get_x: bool = False,
+) -> AccumMetric:
+    """`f(pred, targ, argname=...)` of all rows at the best value of that argument within `bounds`, found to `tol`; fastai's.
+
+    do_neg: the larger the better. get_x: give the pair (value, argument), where you call it yourself.
+    """
+
+    def best(pred: Tensor, targ: Tensor) -> Any:
+        from scipy.optimize import minimize_scalar
+
+        sign = -1.0 if do_neg else 1.0
+        found = minimize_scalar(
+            lambda x: sign * float(f(pred, targ, **{argname: x})), bounds=bounds, method="bounded", options={"xatol": tol}
+        )
+        return (sign * found.fun, found.x) if get_x else sign * found.fun
+
+    return AccumMetric(best, do_neg, f"opt_{_name(f)}")
 
 
 def skm_to_fastai(

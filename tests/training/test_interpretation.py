@@ -58,7 +58,7 @@ def test_the_worst_rows_are_found_over_all_batches() -> None:
     assert [row.loss for row in found.worst] == pytest.approx(losses[order[:5]].tolist())
     for row, i in zip(found.worst, order, strict=False):
         assert torch.equal(row.inputs[0], LOGITS[i])
-        assert (row.target, row.predicted) == (CLASSES[i], LOGITS[i].argmax())
+        assert (row.targets, row.predicted) == ((CLASSES[i],), (LOGITS[i].argmax(),))
 
 
 def test_only_the_worst_rows_are_kept() -> None:
@@ -189,3 +189,39 @@ def test_a_learner_is_as_it_was_afterwards() -> None:
     before = learn.callbacks, list(learn.recorder.history)
     Interpretation.from_learner(learn)
     assert ([*learn.callbacks], learn.recorder.history) == ([*before[0]], before[1])
+
+
+class TwoTargets:
+    """Cross entropy of the classes plus the squared error of a number."""
+
+    reduction = "mean"
+
+    def __call__(self, pred: Tensor, classes: Tensor, number: Tensor) -> Tensor:
+        losses = nn.functional.cross_entropy(pred, classes, reduction="none") + (pred[:, 0] - number).square()
+        return losses.mean() if self.reduction == "mean" else losses
+
+
+class Decoded(TwoTargets):
+    def decodes(self, pred: Tensor) -> tuple[Tensor, Tensor]:
+        return pred.argmax(1), pred[:, 0]
+
+
+def test_rows_with_several_targets_are_interpreted_by_their_loss() -> None:
+    batches = [(LOGITS, CLASSES, LOGITS[:, 1])]
+    dls = DataLoaders(batches, batches)
+    losses = nn.functional.cross_entropy(LOGITS, CLASSES, reduction="none") + (LOGITS[:, 0] - LOGITS[:, 1]).square()
+    for loss in (TwoTargets(), Decoded()):
+        found = Interpretation.from_learner(Learner(dls, Same(), loss, device=torch.device("cpu")), k=2)
+        torch.testing.assert_close(found.losses, losses)
+        worst = int(losses.argmax())
+        assert found.worst[0].targets == (CLASSES[worst], LOGITS[worst, 1])
+    assert found.worst[0].predicted == (LOGITS[worst].argmax(), LOGITS[worst, 0])
+    with pytest.raises(TypeError, match="residuals are of one target, but the data has 2"):
+        RegressionInterpretation.from_learner(Learner(dls, Same(), Decoded()))
+
+
+def test_a_loss_that_decodes_nothing_is_interpreted_and_not_drawn() -> None:
+    found = Interpretation.from_learner(says_its_input(LOGITS, CLASSES, nn.CrossEntropyLoss()), k=2)
+    assert found.worst[0].loss == pytest.approx(float(nn.functional.cross_entropy(LOGITS, CLASSES, reduction="none").max()))
+    with pytest.raises(ValueError, match="the loss needs `decodes`"):
+        found.plot_top_losses(2)
