@@ -181,6 +181,10 @@ class Plan:
         columns = tuple(replace(c, type_tfms=Pipeline(tuple(tfms[c.name]))) for c in encode.columns)
         return replace(encode, columns=columns, layout=tuple(layout))
 
+    def encode_of(self, index: dict[str, Any]) -> Encode:
+        """The encoding stage with what its transforms learned when this plan was carried out, as that index says."""
+        return self.encode_with(index["fitted"], index["columns"])
+
     @cached_property
     def _identity(self) -> tuple[str, str | None]:
         try:

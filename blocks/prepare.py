@@ -49,14 +49,16 @@ def prepare(plan: Plan, *, map_work: MapWork = map_here, max_bad_rows: int = 0, 
     place = place_of(cache)
     lasting = cache != "off" and plan.unkept is None
     if lasting:
-        found = Prepared.open(place.home / plan.fingerprint, plan, True, place.url and joined(place.url, plan.fingerprint))
+        found = Prepared.open(
+            place.home / plan.fingerprint, plan.encode_of, True, place.url and joined(place.url, plan.fingerprint)
+        )
         if found is not None:
             check_bad_rows(found.index["bad_rows"], max_bad_rows)
             return _mended(found, plan, map_work)
     try:
         with unfinished(place, plan.fingerprint, lasting) as made:
             folder = made.finish(_carry_out(plan, made.where, map_work, max_bad_rows))
-            prepared = Prepared.open(folder, plan, False, place.url and joined(place.url, folder.name))
+            prepared = Prepared.open(folder, plan.encode_of, False, place.url and joined(place.url, folder.name))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -82,7 +84,7 @@ def _carry_out(plan: Plan, where: str, map_work: MapWork, max_bad_rows: int) -> 
     shards = [report for report in reports if report["rows"]]
     if not shards:
         raise DataError(f"none of the {plan.source.rows} rows could be read")
-    _check_written_here(where, shards)
+    check_written_here(where, shards)
     parts = {name: sum(report[name] for report in reports) for name in ("train", "valid")}
     for name, part in (("training", parts["train"]), ("validation", parts["valid"])):
         if not part:
@@ -106,8 +108,8 @@ def _carry_out(plan: Plan, where: str, map_work: MapWork, max_bad_rows: int) -> 
     }
 
 
-def _check_written_here(where: str, shards: Sequence[dict[str, Any]]) -> None:
-    # Tasks on another node wrote to that node's own disk.
+def check_written_here(where: str, shards: Sequence[dict[str, Any]]) -> None:
+    """UserError when tasks on another node wrote to that node's own disk."""
     away = [] if is_url(where) else [shard["file"] for shard in shards if not Path(where, shard["file"]).exists()]
     if away:
         raise UserError(
@@ -145,7 +147,7 @@ def _mended(found: Prepared, plan: Plan, map_work: MapWork) -> Prepared:
             )
         shards[i] |= {key: made[name][key] for key in ("bytes", "crc32")}
     put(found.url or found.folder, INDEX, json.dumps(found.index | {"shards": shards}, indent=1).encode())
-    mended = Prepared.open(found.folder, plan, True, found.url)
+    mended = Prepared.open(found.folder, plan.encode_of, True, found.url)
     assert mended is not None
     return mended
 

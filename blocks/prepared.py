@@ -7,6 +7,7 @@ against its checksum when it first maps it.
 import fcntl
 import os
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ import pyarrow as pa
 
 from blocks.cache import Hold, cache_folder, hold, kept_index, make_room
 from blocks.errors import DataError
-from blocks.plan import Encode, Plan
+from blocks.plan import Encode
 from blocks.shards import map_shard
 from blocks.storage import delete, get, put, shown, sizes
 
@@ -40,15 +41,20 @@ class Prepared:
     url: str | None = None
 
     @classmethod
-    def open(cls, folder: Path, plan: Plan, reused: bool, url: str | None = None) -> "Prepared | None":
-        """The prepared data of a plan in a folder or at a URL; None when it is not there, or its index is damaged."""
+    def open(
+        cls, folder: Path, encode: Callable[[dict[str, Any]], Encode], reused: bool, url: str | None = None
+    ) -> "Prepared | None":
+        """The prepared data in a folder or at a URL; None when it is not there, or its index is damaged.
+
+        encode: index -> the item side: `Plan.encode_of` of the plan that was carried out.
+        """
         index = kept_index(url or folder)
         if index is None:
             return None
         if url is not None and kept_index(folder) != index:
             folder.mkdir(parents=True, exist_ok=True)
             put(folder, "index.json", get(url, "index.json"))
-        prepared = cls(folder, index, plan.encode_with(index["fitted"], index["columns"]), reused, url)
+        prepared = cls(folder, index, encode(index), reused, url)
         try:
             prepared._held  # noqa: B018
         except FileNotFoundError:  # removed meanwhile

@@ -59,7 +59,8 @@ class Callback:
 
     run: switched off, at any time, it is called no more until the end of the fit, which switches it on again. run_train,
     run_valid: whether it is called in training batches and in the others. remove_on_fetch: `FetchPredictions` predicts
-    without it.
+    without it. needs_inputs: whether it looks at `learn.xb` or changes it, None: if it has a `before_batch`; in a phase with
+    `cache_features` there are no inputs, so a callback that needs them is refused.
     """
 
     order: int = 0
@@ -67,6 +68,7 @@ class Callback:
     run_train: bool = True
     run_valid: bool = True
     remove_on_fetch: bool = False
+    needs_inputs: bool | None = None
 
     def after_create(self, learn: "Learner") -> None:
         """The Learner has been made, or the callback added to it."""

@@ -24,9 +24,10 @@ class BatchTransforms(Callback):
     """The device side of the plan: runs `dls.batch_tfms` on each batch."""
 
     order = -10
+    needs_inputs = False  # features have been through them
 
     def before_batch(self, learn: "Learner") -> None:
-        tfms = getattr(learn.dls, "batch_tfms", None)
+        tfms = getattr(learn.fed, "batch_tfms", None)
         if tfms is not None and tfms.transforms:
             batch = tfms((*learn.xb, *learn.yb), split_idx=learn.split_idx, keys=learn.keys)
             learn.xb, learn.yb = batch[: len(learn.xb)], batch[len(learn.xb) :]
@@ -36,6 +37,7 @@ class ScheduledRates(Callback):
     """Sets each step's learning rates and momentum from the phase."""
 
     order = 60
+    needs_inputs = False
 
     def before_batch(self, learn: "Learner") -> None:
         if learn.training:
@@ -58,6 +60,7 @@ class Recorder(Callback):
     """
 
     order = -50  # first, so that a callback that cancels a part before it begins does not keep it from hearing so
+    needs_inputs = False
 
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []

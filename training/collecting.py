@@ -29,6 +29,7 @@ class GatherPredictions(Callback):
 
     def __init__(self, with_input: bool = False, with_loss: bool = False):
         self.with_input, self.with_loss = with_input, with_loss
+        self.needs_inputs = with_input
         self._batches: list[tuple[Any, ...]] = []
 
     def before_validate(self, learn: "Learner") -> None:
@@ -87,6 +88,7 @@ class CollectData(Callback):
     """Keeps the last epoch's batches in `data`: (inputs, targets, pred, loss) on the CPU; fastai's CollectDataCallback."""
 
     order = 50
+    needs_inputs = True
 
     def __init__(self) -> None:
         self.data: list[tuple[Any, ...]] = []

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from training.callback import Callback, CancelBatchException
-from training.optimizer import NORM_LAYERS
+from training.optimizer import keep_norms_still
 
 if TYPE_CHECKING:
     from training.learner import Learner
@@ -65,13 +65,9 @@ class GradientClip(Callback):
 class BnFreeze(Callback):
     """Keeps the running statistics of frozen normalisation layers as they are; fastai's.
 
-    For layers that `freeze_to(..., train_bn=False)` froze; one without parameters goes with the layer before it.
+    For layers that `freeze_to(..., train_bn=False)` froze; one without parameters goes with the layer before it. Those of a
+    Learner or a phase with `train_bn=False` stand still without it.
     """
 
     def before_train(self, learn: "Learner") -> None:
-        trains = True
-        for module in learn.model.modules():
-            own = list(module.parameters(recurse=False))
-            trains = any(p.requires_grad for p in own) if own else trains
-            if isinstance(module, NORM_LAYERS) and not trains:
-                module.eval()  # the Learner's next model.train() takes it back
+        keep_norms_still(learn.model)

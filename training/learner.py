@@ -44,7 +44,15 @@ from training.failure import say_where
 from training.losses import loss_for
 from training.metrics import Metric, MetricFunction, as_metric
 from training.mixed_precision import MixedPrecision
-from training.optimizer import Adam, OptimizerFunction, freeze_to, one_group, parameter_groups, set_group_hyper
+from training.optimizer import (
+    Adam,
+    OptimizerFunction,
+    freeze_to,
+    keep_norms_still,
+    one_group,
+    parameter_groups,
+    set_group_hyper,
+)
 from training.schedule import MOMS, Moms, Phase, Schedule, flat, flat_cos, sgdr, total_epochs
 from training.schedule import fine_tune as fine_tune_schedule
 from training.schedule import one_cycle as one_cycle_schedule
@@ -53,6 +61,7 @@ from training.stopping import ShortEpoch
 
 if TYPE_CHECKING:
     from blocks.dataloaders import DataLoaders
+    from training.features import Features
     from training.ranks import Ranks
 
 IN_FLOAT32: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -81,8 +90,8 @@ class Learner:
     opt_func: parameter groups -> torch optimizer. splitter: model -> groups of parameters, first to last, for freezing
     and for rates of their own. metrics: functions of (pred, target), or `Metric`s.
     wd: weight decay, None: the optimizer's own; biases and normalisation have none unless `wd_bn_bias`.
-    train_bn: normalisation layers of frozen groups train. moms: the momentum at the start, the middle and the end of a
-    cycle. device: the GPU if there is one.
+    train_bn: normalisation layers of frozen groups train; else they stand still, their running statistics as well. moms: the
+    momentum at the start, the middle and the end of a cycle. device: the GPU if there is one.
     """
 
     # What callbacks read and write while a batch is on its way.
@@ -125,6 +134,7 @@ class Learner:
         self.device = device or distributed.default_device()
         self._opt: torch.optim.Optimizer | None = None
         self._ranks: Ranks | None = None
+        self._features: Features | None = None  # of the phase, where it caches them
         self.recorder = Recorder()
         self.callbacks: list[Callback] = []
         self._listeners: dict[str, list[Callable[[Learner], None]]] = {}
@@ -358,11 +368,18 @@ class Learner:
         lr_mult: float = 100.0,
         pct_start: float = 0.3,
         div: float = 5.0,
+        cache_features: bool = False,
         **fit: Any,
     ) -> None:
         """Train the last group alone first, then everything: `fine_tune(epochs, ...)`; `fit`: further arguments of `fit`."""
         schedule = fine_tune_schedule(
-            epochs, freeze_epochs=freeze_epochs, lr_mult=lr_mult, pct_start=pct_start, div=div, moms=self.moms
+            epochs,
+            freeze_epochs=freeze_epochs,
+            lr_mult=lr_mult,
+            pct_start=pct_start,
+            div=div,
+            moms=self.moms,
+            cache_features=cache_features,
         )
         self.fit(schedule, base_lr, **fit)
 
@@ -422,6 +439,7 @@ class Learner:
             if self._ranks is not None:
                 self._ranks.end()
                 self._ranks = None
+            self._features = None
             self._end_fit(off)
 
     def _end_fit(self, off: Sequence[Callback]) -> None:
@@ -476,16 +494,31 @@ class Learner:
         self.epochs_trained += 1
 
     def _one_epoch(self) -> None:
+        self._features = self._features_of(self.phase)
         if not self.position.trained:
             self._train()
         self._restore()
-        self._validate(self.dls.valid)
+        self._validate((self._features.dls if self._features else self.dls).valid)
+
+    def _features_of(self, phase: Phase) -> "Features | None":
+        if not phase.cache_features:
+            return None
+        from training.features import features_of  # not with the Learner: it takes a while to import
+
+        return self._features if self._features and self._features.phase is phase else features_of(self, phase)
+
+    @property
+    def fed(self) -> "DataLoaders":
+        """Where the batches come from: `dls`, or in a phase that caches them the features of its rows."""
+        return self._features.dls if self._features and self._features.feed(self.dl) else self.dls
 
     def _train(self) -> None:
-        self.training, self.split_idx, self.dl = True, TRAIN, self.dls.train
+        self.training, self.split_idx, self.dl = True, TRAIN, (self._features.dls if self._features else self.dls).train
         if hasattr(self.dl, "set_epoch"):
             self.dl.set_epoch(self.epochs_trained)
         self.model.train()
+        if not (self.train_bn if self.phase.train_bn is None else self.phase.train_bn):
+            keep_norms_still(self.model)
         self._with_events(self._all_batches, "train", CancelTrainException, self._train_is_done)
         for callback in self.callbacks:
             own = [name for name in OF_A_BATCH if hasattr(callback, name)]
@@ -566,7 +599,7 @@ class Learner:
             self.position.batch = self.iter + 1
 
     def _split(self) -> None:
-        n_inp = getattr(self.dls, "n_inp", 1)
+        n_inp = getattr(self.fed, "n_inp", 1)
         on_device = [self._move(column) for column in self.batch]
         self.xb, self.yb = tuple(on_device[:n_inp]), tuple(on_device[n_inp:])
         # A rank without rows of its own is given one to stay in step with.
@@ -593,8 +626,9 @@ class Learner:
 
     def _one_batch(self) -> None:
         # Plain tensors from here on: dispatch on a subclass costs microseconds for every operation of the model.
+        predict = self.model if self._features is None or self.fed is self.dls else self._features.predict
         with self.autocast:
-            self.pred = self.model(*(as_plain(x) for x in self.xb))
+            self.pred = predict(*(as_plain(x) for x in self.xb))
         self("after_pred")
         if self.yb:
             self._take_loss(*(as_plain(y) for y in self.yb))

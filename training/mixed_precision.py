@@ -19,6 +19,7 @@ class MixedPrecision(Callback):
     """
 
     order = 10  # its before_step comes before those of the callbacks that look at the gradients
+    needs_inputs = False
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16):
         if dtype not in (torch.bfloat16, torch.float16):
@@ -87,6 +88,7 @@ class ChannelsLast(Callback):
     """
 
     order = -9  # once the batch transforms have made the pictures
+    needs_inputs = False
 
     def before_fit(self, learn: "Learner") -> None:
         learn.model.to(memory_format=torch.channels_last)

@@ -301,6 +301,19 @@ def freeze_to(layers: Sequence[Sequence[nn.Parameter]], model: nn.Module, n: int
             p.requires_grad_(number >= first or id(p) in always)
 
 
+def keep_norms_still(model: nn.Module) -> None:
+    """Have frozen normalisation layers use the statistics they have, and keep them, until the next `model.train()`.
+
+    One without parameters goes with the layer before it.
+    """
+    trains = True
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        trains = any(p.requires_grad for p in own) if own else trains
+        if isinstance(module, NORM_LAYERS) and not trains:
+            module.eval()
+
+
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, spread: float, momentum: float | None) -> None:
     """The rate of each group, from `lr / spread` to `lr`; momentum, None being the optimizer's own, where it has one."""
     last = max(g.get("layer_group", 0) for g in optimizer.param_groups)

@@ -27,6 +27,7 @@ class ParamScheduler(Callback):
     """
 
     order = 61  # after ScheduledRates, whose rates it overrides
+    needs_inputs = False
 
     def __init__(self, scheds: Mapping[str, Sched | Curve]):
         self.scheds = {name: s.at if isinstance(s, Curve) else s for name, s in scheds.items()}

@@ -48,6 +48,7 @@ class Phase:
     lr: multiple of the run's `lr` over the phase. momentum: Adam's first beta, None: the optimizer's own.
     spread: the first group's rate is 1/spread of the last one's, those between in equal ratios.
     train_bn: whether the normalisation layers of frozen groups train all the same, None: as the Learner says.
+    cache_features: compute once what the frozen layers make of each row, with the same losses (`training.features`).
     """
 
     epochs: int
@@ -56,6 +57,7 @@ class Phase:
     momentum: Curve | None = None
     spread: float = 1.0
     train_bn: bool | None = None
+    cache_features: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.epochs, int) or self.epochs < 1:
@@ -112,24 +114,45 @@ def fine_tune(
     pct_start: float = 0.3,
     div: float = 5.0,
     moms: Moms = MOMS,
+    cache_features: bool = False,
 ) -> Schedule:
-    """Train the last group alone for `freeze_epochs`, then all groups at half the rate, the first at 1/`lr_mult` of it."""
-    frozen = _cycle(freeze_epochs, pct_start=0.99, div=25.0, div_final=1e5, freeze_to=-1, moms=moms) if freeze_epochs else None
+    """Train the last group alone for `freeze_epochs`, then all groups at half the rate, the first at 1/`lr_mult` of it.
+
+    cache_features: while the last group trains alone (`Phase`).
+    """
+    cycle = functools.partial(_cycle, pct_start=0.99, div=25.0, div_final=1e5, moms=moms)
+    frozen = cycle(freeze_epochs, freeze_to=-1, cache_features=cache_features) if freeze_epochs else None
     whole = _cycle(epochs, pct_start=pct_start, div=div, div_final=1e5, top=0.5, spread=lr_mult, freeze_to=0, moms=moms)
     return (frozen, whole) if frozen else (whole,)
 
 
 def gradual_unfreeze(
-    epochs: int, *, stages: int = 3, stage_epochs: int = 1, decay: float = 2.0, spread: float = 2.6**4
+    epochs: int,
+    *,
+    stages: int = 3,
+    stage_epochs: int = 1,
+    decay: float = 2.0,
+    spread: float = 2.6**4,
+    cache_features: bool = False,
 ) -> Schedule:
     """One more group from the last for each of `stages`, at 1/`decay` of the rate before, then all groups for `epochs`.
 
     From the second stage on the first group's rate is 1/`spread` of the last one's. Howard & Ruder, arXiv:1801.06146.
+    cache_features: in the first stage, where the last group trains alone (`Phase`).
     """
     if stages < 1 or not decay > 0:
         raise ValueError(f"there is at least one stage and decay is above 0, not stages={stages!r}, decay={decay!r}")
     cycle = functools.partial(_cycle, pct_start=0.25, div=25.0, div_final=1e5)
-    first = [cycle(stage_epochs, top=decay**-i, spread=spread if i else 1.0, freeze_to=-1 - i) for i in range(stages)]
+    first = [
+        cycle(
+            stage_epochs,
+            top=decay**-i,
+            spread=spread if i else 1.0,
+            freeze_to=-1 - i,
+            cache_features=cache_features and i == 0,
+        )
+        for i in range(stages)
+    ]
     return (*first, cycle(epochs, top=decay**-stages, spread=spread, freeze_to=0))
 
 
@@ -143,6 +166,7 @@ def _cycle(
     spread: float = 1.0,
     freeze_to: int | None = None,
     moms: Moms = MOMS,
+    cache_features: bool = False,
 ) -> Phase:
     _check_cycle(pct_start, div, div_final)
     start, middle, end = moms
@@ -152,6 +176,7 @@ def _cycle(
         lr=Curve(((0.0, top / div), (pct_start, top), (1.0, top / div_final))),
         momentum=Curve(((0.0, start), (pct_start, middle), (1.0, end))),
         spread=spread,
+        cache_features=cache_features,
     )
 
 
@@ -194,10 +219,13 @@ def as_words(value: Any) -> str:
     short = {f"flat({last.epochs})": flat(last.epochs), f"one_cycle({last.epochs})": one_cycle(last.epochs)}
     short[f"flat_cos({last.epochs})"] = flat_cos(last.epochs)
     short[f"sgdr({len(value)}, {value[0].epochs})"] = sgdr(len(value), value[0].epochs)
-    short[f"fine_tune({last.epochs}, freeze_epochs={frozen})"] = fine_tune(last.epochs, freeze_epochs=frozen)
+    cached = value[0].cache_features
+    also = ", cache_features=True" if cached else ""
+    tuned = fine_tune(last.epochs, freeze_epochs=frozen, cache_features=cached)
+    short[f"fine_tune({last.epochs}, freeze_epochs={frozen}{also})"] = tuned
     if before:
-        unfreezing = gradual_unfreeze(last.epochs, stages=len(before), stage_epochs=frozen)
-        short[f"gradual_unfreeze({last.epochs}, stages={len(before)}, stage_epochs={frozen})"] = unfreezing
+        unfreezing = gradual_unfreeze(last.epochs, stages=len(before), stage_epochs=frozen, cache_features=cached)
+        short[f"gradual_unfreeze({last.epochs}, stages={len(before)}, stage_epochs={frozen}{also})"] = unfreezing
     return next((words for words, schedule in short.items() if schedule == value), repr(value))
 
 

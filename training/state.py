@@ -114,7 +114,7 @@ def save(learn: "Learner", path: str | Path) -> Path:
     path = Path(path)
     if distributed.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}-{os.getpid()}")
+        unfinished = path.with_name(f".{path.name}-{os.getpid()}.part")  # torch refuses a name with nothing before its last dot
         torch.save(learn.state_dict(), unfinished)
         unfinished.replace(path)
     return path

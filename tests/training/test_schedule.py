@@ -17,6 +17,8 @@ EXAMPLES = [
     fine_tune(4),
     fine_tune(2, freeze_epochs=3, lr_mult=10),
     fine_tune(1, freeze_epochs=0),
+    fine_tune(4, cache_features=True),
+    gradual_unfreeze(4, cache_features=True),
     flat_cos(3),
     flat_cos(3, pct_start=0.5),
     sgdr(3, 1),
@@ -68,6 +70,7 @@ def test_plain_is_numbers_lists_and_dicts() -> None:
         (fine_tune(4), "fine_tune(4, freeze_epochs=1)"),
         (fine_tune(2, freeze_epochs=3), "fine_tune(2, freeze_epochs=3)"),
         (fine_tune(2, freeze_epochs=0), "fine_tune(2, freeze_epochs=0)"),
+        (fine_tune(4, cache_features=True), "fine_tune(4, freeze_epochs=1, cache_features=True)"),
         (flat_cos(3), "flat_cos(3)"),
         (sgdr(3, 1), "sgdr(3, 1)"),
         (gradual_unfreeze(2, stages=2), "gradual_unfreeze(2, stages=2, stage_epochs=1)"),
@@ -155,6 +158,7 @@ def test_gradual_unfreeze_frees_a_group_a_stage() -> None:
     assert [p.epochs for p in phases] == [1, 1, 1, 2]
     assert [p.spread for p in phases] == [1, 100, 100, 100]
     assert [p.lr.at(0.25) for p in phases] == pytest.approx([1, 1 / 2, 1 / 4, 1 / 8])
+    assert [p.cache_features for p in gradual_unfreeze(2, cache_features=True)] == [True, False, False, False]
 
 
 def test_the_momentum_of_a_cycle_is_given_as_moms() -> None:
