@@ -250,7 +250,7 @@ def test_a_runner_is_given_the_schedule_instead() -> None:
     ran = []
 
     class Elsewhere:
-        def run(self, learn: Learner, schedule: Any, lr: float) -> None:
+        def run(self, learn: Learner, schedule: Any, lr: float, resume: Any) -> None:
             ran.append((learn, schedule, lr))
 
     learn = learner()
