@@ -25,6 +25,9 @@ from .errors import UnreadableRow as UnreadableRow
 from .errors import UserError as UserError
 from .feed import Batch as Batch
 from .feed import Feed as Feed
+from .frames import add_datepart as add_datepart
+from .frames import add_elapsed_times as add_elapsed_times
+from .frames import cont_cat_split as cont_cat_split
 from .images import OpenImage as OpenImage
 from .images import OpenMask as OpenMask
 from .images import PILImage as PILImage
@@ -81,6 +84,10 @@ from .splits import TrainTestSplitter as TrainTestSplitter
 from .streams import Streams as Streams
 from .summaries import Moments as Moments
 from .summaries import Quantiles as Quantiles
+from .tabular import Categorify as Categorify
+from .tabular import FillMissing as FillMissing
+from .tabular import RowReader as RowReader
+from .tabular import TabularBlock as TabularBlock
 from .tensors import LabeledBBox as LabeledBBox
 from .tensors import TensorBase as TensorBase
 from .tensors import TensorBBox as TensorBBox

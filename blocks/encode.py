@@ -108,8 +108,7 @@ def encode_rows(encode: Encode, rows: Rows, parts: np.ndarray) -> tuple[pa.Table
     typed = []
     for column in encode.columns:
         if column.name in whole:
-            array, kind = whole[column.name]
-            typed.append(fixed_column(column.name, array[good], kind))
+            typed += [fixed_column(name, array[good], kind) for name, array, kind in whole[column.name]]
         else:
             typed += [c for name, c in by_item.items() if name.partition(".")[0] == column.name]
     fields = [pa.field("id", rows.ids.type), pa.field("part", pa.uint8()), *(f for f, _ in typed)]
@@ -117,7 +116,8 @@ def encode_rows(encode: Encode, rows: Rows, parts: np.ndarray) -> tuple[pa.Table
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields)), bad
 
 
-def _whole_columns(encode: Encode, rows: Rows) -> dict[str, tuple[np.ndarray, type[torch.Tensor]]]:
+def _whole_columns(encode: Encode, rows: Rows) -> dict[str, list[tuple[str, np.ndarray, type[torch.Tensor]]]]:
+    # By column the stored columns it becomes: name, values, type of tensor.
     found = {}
     for column in encode.columns:
         with naming(rows.ids[0].as_py(), column.name):
@@ -125,8 +125,14 @@ def _whole_columns(encode: Encode, rows: Rows) -> dict[str, tuple[np.ndarray, ty
             if values is None:
                 continue
             first = column.type_tfms(column.getter(next(iter(rows.each()))))
-            if isinstance(first, torch.Tensor) and not getattr(type(first), "ragged", False):
-                found[column.name] = np.asarray(values).astype(first.numpy().dtype, copy=False), type(first)
+            parts = encode.named(column, first)
+            if any(not isinstance(part, torch.Tensor) or getattr(type(part), "ragged", False) for part in parts.values()):
+                continue
+            arrays = values if isinstance(values, tuple) else (values,)
+            found[column.name] = [
+                (name, np.asarray(array).astype(part.numpy().dtype, copy=False), type(part))
+                for (name, part), array in zip(parts.items(), arrays, strict=True)
+            ]
     return found
 
 

@@ -81,11 +81,14 @@ class Encode:
         """The values of the blocks as those of the stored columns, by name."""
         flat: dict[str, Any] = {}
         for column, value in zip(self.columns, values, strict=True):
-            if isinstance(value, tuple):
-                flat.update({f"{column.name}.{i}": part for i, part in enumerate(value)})
-            else:
-                flat[column.name] = value
+            flat |= self.named(column, value)
         return flat
+
+    def named(self, column: Column, value: Any) -> dict[str, Any]:
+        """The value of one block as those of its stored columns, by name."""
+        if isinstance(value, tuple):
+            return {f"{column.name}.{i}": part for i, part in enumerate(value)}
+        return {column.name: value}
 
     def nested(self, flat: Sequence[Any]) -> tuple[Any, ...]:
         """The values of the blocks from those of the stored columns: the parts of a tuple are a tuple again."""
@@ -236,7 +239,7 @@ class Plan:
                     yield Step("split", "once", where, f"{_name(splitter)}: {counted}{left}")
                 case Fit(column, position, depth):
                     tfm = next(c for c in self.columns if c.name == column).type_tfms.transforms[position]
-                    state = f" = {_state(fitted[column].transforms[position])}" if column in fitted else ""
+                    state = f" = {_learned(tfm, fitted[column].transforms[position])}" if column in fitted else ""
                     what = f"{column}: {type(tfm).__name__} on the training part, pass {depth}{state}"
                     yield Step("fit", "once", "tasks", what)
                 case Encode(columns, item_tfms, each_epoch):
@@ -309,9 +312,18 @@ def _name(f: Any) -> str:
     return getattr(f, "__name__", None) or repr(f)
 
 
-def _state(t: Transform) -> str:
-    values = [v for v in t.to_plain().values() if isinstance(v, tuple)]
-    return "; ".join(f"{len(v)} values ({', '.join(map(str, v[:10]))}{', ...' if len(v) > 10 else ''})" for v in values)
+def _learned(before: Transform, fitted: Transform) -> str:
+    was, now = before.to_plain(), fitted.to_plain()
+    values = [v for name, v in now.items() if isinstance(v, tuple) and v and v != was.get(name)]
+    return "; ".join(f"{_counted(v)} ({', '.join(map(_short, v[:10]))}{', ...' if len(v) > 10 else ''})" for v in values)
+
+
+def _short(value: Any) -> str:
+    return _counted(value) if isinstance(value, tuple) else str(value)
+
+
+def _counted(values: tuple[Any, ...]) -> str:
+    return f"{len(values)} value{'s' * (len(values) != 1)}"
 
 
 def size(n: float) -> str:

@@ -17,12 +17,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from blocks.tensors import LabeledBBox, TensorBBox, TensorImage, TensorMask, TensorPoint, TensorSeries
+from blocks.tensors import LabeledBBox, TensorBBox, TensorImage, TensorMask, TensorPoint, TensorSeries, TensorTabular
 from blocks.transform import dispatch
 
 Samples = Sequence[tuple[Any, ...]]
 PIXEL = 0.5  # the middle of the first pixel is (0.5, 0.5) as a point, and (0, 0) to matplotlib
 LONGEST_TEXT = 200  # characters of a text in a table
+MANY_COLUMNS = 5  # of a table: more are drawn narrower
 
 
 # --- one value ---------------------------------------------------------------------------------------------------------
@@ -120,6 +121,11 @@ def show_batch(x: TensorImage | TensorSeries, y: object, *, samples: Samples) ->
 
 
 @dispatch  # type: ignore[no-redef]
+def show_batch(x: TensorTabular, y: object, *, samples: Samples) -> Figure:  # noqa: F811
+    return _table(_table_names(samples, ["target"]), [_cells(sample) for sample in samples])
+
+
+@dispatch  # type: ignore[no-redef]
 def show_batch(x: object, y: object, *, samples: Samples) -> Figure:  # noqa: F811
     return _table([*["input"] * (len(samples[0]) - 1), "target"] if len(samples[0]) > 1 else ["input"], samples)
 
@@ -139,6 +145,12 @@ def show_results(  # noqa: F811
     x: TensorImage, y: TensorMask | TensorPoint, *, samples: Samples, predictions: Sequence[Any]
 ) -> Figure:
     return _beside(samples, predictions, [("target", "prediction")] * len(samples))
+
+
+@dispatch  # type: ignore[no-redef]
+def show_results(x: TensorTabular, y: object, *, samples: Samples, predictions: Sequence[Any]) -> Figure:  # noqa: F811
+    rows = [(*_cells(sample), predicted) for sample, predicted in zip(samples, predictions, strict=True)]
+    return _table(_table_names(samples, ["target", "prediction"]), rows)
 
 
 @dispatch  # type: ignore[no-redef]
@@ -163,6 +175,14 @@ def plot_top_losses(  # noqa: F811
     x: TensorImage, y: TensorMask | TensorPoint, *, samples: Samples, predictions: Sequence[Any], losses: Sequence[float]
 ) -> Figure:
     return _beside(samples, predictions, [("target", f"prediction, loss {loss:.3g}") for loss in losses])
+
+
+@dispatch  # type: ignore[no-redef]
+def plot_top_losses(  # noqa: F811
+    x: TensorTabular, y: object, *, samples: Samples, predictions: Sequence[Any], losses: Sequence[float]
+) -> Figure:
+    rows = [(*_cells(s), predicted, float(loss)) for s, predicted, loss in zip(samples, predictions, losses, strict=True)]
+    return _table(_table_names(samples, ["target", "prediction", "loss"]), rows)
 
 
 @dispatch  # type: ignore[no-redef]
@@ -194,8 +214,20 @@ def _grid(n: int, columns: int | None = None) -> tuple[Figure, list[Any]]:
     return figure, list(axes[:n])
 
 
+def _cells(sample: Sequence[Any]) -> list[Any]:
+    # The row of a table, a mapping by column, as cells; what follows it as it is.
+    row, *rest = sample
+    return [*row.values(), *rest]
+
+
+def _table_names(samples: Samples, rest: Sequence[str]) -> list[str]:
+    row, *targets = samples[0]
+    return [*row, *(rest if targets else rest[1:])]
+
+
 def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> Figure:
-    figure = Figure(figsize=(3 * len(names), 0.5 + 0.4 * len(rows)), layout="constrained")
+    width = 3 if len(names) <= MANY_COLUMNS else 1.3
+    figure = Figure(figsize=(width * len(names), 0.5 + 0.4 * len(rows)), layout="constrained")
     axis = figure.subplots()
     axis.axis("off")
     table = axis.table([[as_text(cell) for cell in row] for row in rows], colLabels=list(names), cellLoc="left", loc="center")

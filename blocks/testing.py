@@ -149,13 +149,16 @@ def check_column(case: Case) -> None:
     encode: Any = case.transform
     for some in (values, values[1:], values[:0]):
         column = encode.encodes_column(some)
-        rows = list(column) if isinstance(column, np.ndarray) else column.to_pylist()
-        _require(len(rows) == len(some), f"{case.transform}: {len(rows)} rows from {len(some)} values")
-        for row, value in zip(rows, some.to_pylist(), strict=True):
+        parts = column if isinstance(column, tuple) else (column,)
+        lists = [list(part) if isinstance(part, np.ndarray) else part.to_pylist() for part in parts]
+        _require(all(len(rows) == len(some) for rows in lists), f"{case.transform}: other rows than {len(some)} values")
+        for i, value in enumerate(some.to_pylist()):
             single = case.transform(value)
-            wanted = single.numpy() if isinstance(single, torch.Tensor) else single
-            same = np.array_equal(row, wanted) and np.asarray(row).dtype == np.asarray(wanted).dtype
-            _require(same, f"{case.transform}: {value!r:.100} is {row!r} in a column, {wanted!r} alone")
+            alone = single if isinstance(column, tuple) else (single,)
+            for rows, one in zip(lists, alone, strict=True):
+                wanted = one.numpy() if isinstance(one, torch.Tensor) else one
+                same = np.array_equal(rows[i], wanted) and np.asarray(rows[i]).dtype == np.asarray(wanted).dtype
+                _require(same, f"{case.transform}: {value!r:.100} is {rows[i]!r} in a column, {wanted!r} alone")
 
 
 def check_block(block: TransformBlock, items: Sequence[Any], item_tfms: Any = ()) -> None:
@@ -181,7 +184,7 @@ def check_block(block: TransformBlock, items: Sequence[Any], item_tfms: Any = ()
         _require(type(after) is type(before), f"column {number} is a {type(after).__name__} after batch_tfms")
 
 
-def check_summary(kind: type[Summary], values: Sequence[Any], seed: int = 0, tolerance: float = 1e-12) -> None:
+def check_summary(kind: Callable[[], Summary], values: Sequence[Any], seed: int = 0, tolerance: float = 1e-12) -> None:
     """What parts of the values show, merged in any order, is what one pass over them shows; through JSON and columns too.
 
     Whole numbers and texts are equal, floats up to `tolerance`, relative to their size.
@@ -194,7 +197,7 @@ def check_summary(kind: type[Summary], values: Sequence[Any], seed: int = 0, tol
         for part in order:
             ids = [i for i, p in enumerate(part_of) if p == part]
             seen = _seen(kind, [values[i] for i in ids], ids)
-            merged.merge(kind.from_plain(json.loads(json.dumps(seen.to_plain()))))
+            merged.merge(type(whole).from_plain(json.loads(json.dumps(seen.to_plain()))))
         _require(
             _close(merged.to_plain(), whole.to_plain(), tolerance),
             f"{merged} of parts is not {whole}, of all {len(values)} values",
@@ -207,7 +210,7 @@ def check_summary(kind: type[Summary], values: Sequence[Any], seed: int = 0, tol
             _require(_close(by_column.to_plain(), by_row.to_plain(), tolerance), f"{by_column} of a column is not {by_row}")
 
 
-def _seen(kind: type[Summary], values: Sequence[Any], ids: Iterable[int]) -> Summary:
+def _seen(kind: Callable[[], Summary], values: Sequence[Any], ids: Iterable[int]) -> Summary:
     summary: Any = kind()
     for value, row_id in zip(values, ids, strict=True):
         summary.observe(value, row_id)

@@ -54,10 +54,10 @@ class ColumnSummary(Protocol):
 class ColumnTransform(Protocol):
     """The vectorised face of a Transform: the same as `encodes` of each value, for a whole Arrow column.
 
-    Gives an array with a row for each value; `blocks.testing` holds the two faces equal.
+    Gives an array with a row for each value, or a tuple of them; `blocks.testing` holds the two faces equal.
     """
 
-    def encodes_column(self, values: "pa.Array") -> "pa.Array | np.ndarray": ...
+    def encodes_column(self, values: "pa.Array") -> "pa.Array | np.ndarray | tuple[np.ndarray, ...]": ...
 
 
 @dataclasses.dataclass
@@ -71,7 +71,7 @@ class Transform:
 
     order: ClassVar[int] = 0
     split_idx: ClassVar[int | None] = None
-    summary: ClassVar[type[Summary] | None] = None  # what to observe of the training part; None: nothing to fit
+    summary: ClassVar[Callable[..., Summary] | None] = None  # makes what observes the training part; None: nothing to fit
     opens_file: ClassVar[bool] = False  # makes a large value of a small file: a picture of a JPEG
     fixes_size: ClassVar[bool] = False  # makes values of one size of values of any
 

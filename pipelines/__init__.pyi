@@ -1,5 +1,8 @@
 from .recipes import find_recipe as find_recipe
 from .recipes import recipe_names as recipe_names
+from .tabular import tabular_block as tabular_block
+from .tabular import tabular_dataloaders as tabular_dataloaders
+from .tabular import tabular_learner as tabular_learner
 from .vision import digits as digits
 from .vision import digits_folder as digits_folder
 from .vision import folder as folder

@@ -174,6 +174,11 @@ from .stopping import SaveBest as SaveBest
 from .stopping import ShortEpoch as ShortEpoch
 from .stopping import TerminateOnNaN as TerminateOnNaN
 from .stopping import ValueWatcher as ValueWatcher
+from .tabular import TabularModel as TabularModel
+from .tabular import TabularResNet as TabularResNet
+from .tabular import emb_sz_rule as emb_sz_rule
+from .tabular import tabular_model as tabular_model
+from .tabular import tabular_resnet as tabular_resnet
 from .transfer import create_body as create_body
 from .transfer import create_head as create_head
 from .transfer import cut_model as cut_model

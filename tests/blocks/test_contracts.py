@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,7 @@ from blocks.pieces import InPieces
 from blocks.pixels import PixelMoments
 from blocks.points import BBoxCategorize, ClipBoxes, MakeBoxes, MakePoints, PointScaler
 from blocks.prepare import map_here
+from blocks.tabular import GAP_VOCAB, EncodeTable, TableSummary
 from blocks.testing import (
     Case,
     check_block,
@@ -73,6 +75,17 @@ from blocks.testing import (
 )
 from blocks.transform import _REGISTRY, transform_from_plain
 
+TABLE = EncodeTable(
+    ("c",),
+    ("n",),
+    fills=(0.5,),
+    learned=True,
+    gap_names=("n",),
+    vocabs=(("#na#", "a", "b"), GAP_VOCAB),
+    means=(1.0,),
+    stds=(2.0,),
+)
+ROWS = [{"c": "a", "n": 1.0}, {"c": None, "n": None}, {"c": "unknown", "n": -3.5}]
 NOISE = np.random.default_rng(0).integers(0, 256, (4, 12, 10, 3)).astype(np.uint8)
 PICTURES = [PILImage.create(n) for n in NOISE]
 GREY = [PILImageBW.create(n) for n in NOISE]
@@ -100,6 +113,7 @@ CASES = [
     Case(OneHotEncode(3), CODES, inverse=0),
     Case(RegressionSetup(), [1.5, 2.0, -3.25], inverse=0, column=True),
     Case(RegressionSetup(2), [[1.5, 2.0], [0.0, 1.0]], inverse=0, column=True),
+    Case(TABLE, ROWS, column=True),
     Case(OpenImage(), list(NOISE)),
     Case(OpenImage(mode="L"), list(NOISE)),
     Case(OpenMask(("sky", "tree", "car")), [n[..., 0] % 3 for n in NOISE]),
@@ -175,7 +189,17 @@ def test_summaries_of_parts_merge_to_that_of_the_whole(kind: type[Any], data: An
 
 
 def test_every_summary_has_its_values() -> None:
-    assert {t.summary for t in imported()} - {None} == set(SUMMARIES)
+    assert {t.summary for t in imported()} - {None, EncodeTable.summary} == set(SUMMARIES)
+
+
+@settings(deadline=None, max_examples=30)
+@given(strategy=st.sampled_from(["mode", "constant"]), data=st.data())
+def test_summaries_of_tables_merge_to_that_of_the_whole(strategy: str, data: Any) -> None:
+    rows = st.fixed_dictionaries(
+        {"c": st.sampled_from(["a", "b", None]), "n": st.sampled_from([None, 1.0, 2.0, 4.0]), "m": st.integers(1, 9)}
+    )
+    values = data.draw(st.lists(rows, min_size=1, max_size=20))
+    check_summary(partial(TableSummary.of, ("c",), ("n", "m"), strategy), values, seed=data.draw(st.integers(0, 99)))
 
 
 def test_fingerprints_are_those_of_another_process() -> None:

@@ -1,0 +1,167 @@
+"""Tables: from a DataFrame, a CSV or a Parquet file to a model of its rows.
+
+dls = tabular_dataloaders(df, y_names="salary", cat_names=["job", "city"], cont_names=["age", "hours"])
+learn = tabular_learner(dls, metrics=accuracy)
+learn.fit_one_cycle(3)
+learn.predict({"job": "nurse", "city": "Bonn", "age": 41, "hours": 38})
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from blocks.category import CategoryBlock
+from blocks.datablock import DataBlock, TransformBlock
+from blocks.dataloaders import DataLoaders
+from blocks.errors import DataError
+from blocks.frames import cont_cat_split, is_number_column
+from blocks.items import ColReader
+from blocks.pixels import Normalize
+from blocks.regression import RegressionBlock
+from blocks.rows import missing_column
+from blocks.sources import Source, source_of
+from blocks.splits import RandomSplitter, Splitter
+from blocks.tabular import Categorify, EncodeTable, FillMissing, Proc, RowReader, TabularBlock
+from training.learner import Learner
+from training.tabular import emb_sz_rule, tabular_model, tabular_resnet
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LOOK_ROWS = 65_536
+PROCS: tuple[Proc, ...] = (Categorify(), FillMissing(), Normalize())
+ARCHS: dict[str, Callable[..., nn.Module]] = {"mlp": tabular_model, "resnet": tabular_resnet}
+
+
+def tabular_block(
+    y_names: str | Sequence[str],
+    cat_names: Sequence[str] = (),
+    cont_names: Sequence[str] = (),
+    *,
+    y_block: TransformBlock | None = None,
+    procs: Sequence[Proc | type[Proc]] = PROCS,
+    splitter: Splitter | None = None,
+) -> DataBlock:
+    """The DataBlock of a table's rows: `cat_names` and `cont_names` as inputs, `y_names` as the target.
+
+    y_block: CategoryBlock() unless given; RegressionBlock() for several names.
+    """
+    names = (*cat_names, *cont_names)
+    targets = (y_names,) if isinstance(y_names, str) else tuple(y_names)
+    both = sorted({*names} & {*targets})
+    if both:
+        raise ValueError(f"{', '.join(map(repr, both))}: the target cannot be an input as well")
+    several = RegressionBlock(len(targets)) if len(targets) > 1 else CategoryBlock()
+    return DataBlock(
+        blocks=(TabularBlock(cat_names, cont_names, procs), y_block or several),
+        get_x=RowReader(names),
+        get_y=ColReader(targets[0] if len(targets) == 1 else targets),
+        splitter=splitter or RandomSplitter(0.2, seed=42),
+    )
+
+
+def tabular_dataloaders(
+    source: Any,
+    y_names: str | Sequence[str],
+    cat_names: Sequence[str] | None = None,
+    cont_names: Sequence[str] | None = None,
+    *,
+    y_block: TransformBlock | None = None,
+    procs: Sequence[Proc | type[Proc]] = PROCS,
+    splitter: Splitter | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    cache: str = "disk",
+) -> DataLoaders:
+    """Prepare a table in this process, and feed it: `cluster.dataloaders(tabular_block(...), source)` does so on a cluster.
+
+    source: a DataFrame, or a CSV or Parquet file, several, or a folder of them, by path or URL. cat_names, cont_names: found by
+    `cont_cat_split` when neither is given. y_block: by default numbers for a target of numbers, else categories.
+    """
+    table = source_of(source, source)
+    if cat_names is None and cont_names is None:
+        cont_names, cat_names = cont_cat_split(first_rows(table), dep_var=y_names)
+    if y_block is None and isinstance(y_names, str):
+        y_block = RegressionBlock() if is_number_column(column_of(first_rows(table), y_names)) else CategoryBlock()
+    block = tabular_block(y_names, cat_names or (), cont_names or (), y_block=y_block, procs=procs, splitter=splitter)
+    return block.dataloaders(source, batch_size=batch_size, seed=seed, cache=cache)
+
+
+def first_rows(table: Source) -> "pd.DataFrame":
+    """The first rows of a table, up to 65,536, by which its columns are judged."""
+    rows = next(iter(table.pieces(LOOK_ROWS)[0].blocks(LOOK_ROWS)))
+    if rows.table is None:
+        raise DataError(f"{table.name} is no table: give a DataFrame, a CSV or a Parquet file")
+    return rows.table.to_pandas()
+
+
+def column_of(frame: "pd.DataFrame", name: str) -> Any:
+    """A column of a frame. DataError when there is none."""
+    if name not in frame.columns:
+        raise DataError(missing_column(name, [str(c) for c in frame.columns]))
+    return frame[name]
+
+
+# --- the Learner -------------------------------------------------------------------------------------------------------
+
+
+def tabular_learner(
+    dls: DataLoaders,
+    layers: Sequence[int] | None = None,
+    *,
+    arch: str = "mlp",
+    emb_szs: Mapping[str, int] | None = None,
+    n_out: int | None = None,
+    y_range: tuple[float, float] | None = None,
+    config: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Learner:
+    """A Learner of a model of table rows.
+
+    layers: the widths of "mlp", fastai's model, 200 and 100 by default. arch: or "resnet", a residual one. emb_szs: widths of
+    embeddings by column, for others `emb_sz_rule`. n_out: the model's outputs, by default as many as the target has classes or
+    numbers. y_range: (low, high) of the numbers to predict. config: further arguments of the model. settings: of `Learner`.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"arch is one of {', '.join(ARCHS)}, not {arch!r}")
+    table = table_of(dls)
+    arguments = dict(config or {})
+    if layers is not None:
+        if arch != "mlp":
+            raise ValueError(f"layers are the widths of 'mlp'; {arch!r} takes config={{'width': ..., 'depth': ...}}")
+        arguments["layers"] = list(layers)
+    if y_range is not None:
+        arguments["y_range"] = list(y_range)
+    model = ARCHS[arch](
+        emb_szs=get_emb_sz(table, emb_szs), n_cont=len(table.cont_names), out_sz=n_out or outputs_of(dls), **arguments
+    )
+    return Learner(dls, model, **settings)
+
+
+def table_of(dls: DataLoaders) -> EncodeTable:
+    """The fitted transform of the data's table: its columns, vocabularies, means. TypeError when the data has none."""
+    tfms = [] if dls.encode is None else [t for c in dls.encode.columns for t in c.type_tfms.transforms]
+    found = next((t for t in tfms if isinstance(t, EncodeTable)), None)
+    if found is None:
+        raise TypeError("the data has no table among its inputs: make it by tabular_dataloaders or with a TabularBlock")
+    return found
+
+
+def get_emb_sz(table: EncodeTable, sizes: Mapping[str, int] | None = None) -> list[list[int]]:
+    """Categories and width of the embedding of each column of codes: `sizes` by column, else by `emb_sz_rule`."""
+    names = (*table.cat_names, *(f"{name}_na" for name in table.gap_names))
+    unknown = (sizes or {}).keys() - {*names}
+    if unknown:
+        raise ValueError(f"emb_szs: {missing_column(min(unknown), names)}")
+    return [
+        [len(vocab), (sizes or {}).get(name, emb_sz_rule(len(vocab)))] for name, vocab in zip(names, table.vocabs, strict=True)
+    ]
+
+
+def outputs_of(dls: DataLoaders) -> int:
+    """How many outputs a model needs: one a class, or one a number of the target."""
+    if dls.vocab:
+        return len(dls.vocab)
+    target = next(iter(dls.valid))[-1]
+    return 1 if target.ndim == 1 else int(target.shape[1])

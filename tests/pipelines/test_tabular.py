@@ -1,0 +1,104 @@
+"""Tables as an application: found columns, inferred targets, a model that learns, its export, and mistakes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from blocks import DataError, MultiCategoryBlock, RegressionBlock
+from pipelines.tabular import get_emb_sz, table_of, tabular_block, tabular_dataloaders, tabular_learner
+from training import accuracy, load_predictor, rmse
+
+N = 600
+
+
+def frame() -> pd.DataFrame:
+    draw = np.random.default_rng(0)
+    df = pd.DataFrame({"kind": draw.choice(list("abc"), N), "size": draw.normal(size=N), "mark": draw.integers(0, 3, N)})
+    df["wins"] = np.where((df["kind"] == "a") ^ (df["size"] > 0), "yes", "no")
+    df["price"] = 10 + 3 * df["size"] + (df["kind"] == "b")
+    df.loc[::9, "size"] = np.nan
+    return df
+
+
+def trained(y: Any, epochs: int = 6, drop: Any = (), **settings: Any) -> Any:
+    torch.manual_seed(0)
+    dls = tabular_dataloaders(frame().drop(columns=list(drop)), y, cache="off")
+    learn = tabular_learner(dls, **settings)
+    with learn.no_logging():
+        learn.fit_one_cycle(epochs, 1e-2)
+    return learn
+
+
+@pytest.mark.parametrize("arch", ["mlp", "resnet"])
+def test_classes_are_learned_and_exported(arch: str, tmp_path: Path) -> None:
+    learn = trained("wins", drop=["price"], arch=arch, metrics=accuracy)
+    assert learn.recorder.history[-1]["valid/accuracy"] > 0.85
+    rows = [{"kind": "a", "size": -2.0, "mark": 1}, {"kind": "b", "size": -2.0, "mark": 9}]
+    predictor = load_predictor(learn.export(tmp_path))
+    found = predictor.predict(rows)
+    assert [p.label for p in found] == ["yes", "no"]
+    for row, said in zip(rows, found, strict=True):
+        torch.testing.assert_close(learn.predict(row).activations, said.activations)
+    assert predictor.predict([pd.Series(rows[0])])[0].label == "yes"
+
+
+def test_numbers_are_numbers() -> None:
+    learn = trained("price", 10, drop=["wins"], metrics=rmse, y_range=(0.0, 25.0))
+    assert learn.recorder.history[-1]["valid/rmse"] < 1.6  # the gaps hide some of it: the prices spread by 3
+    assert type(learn.dls.one_batch()[-1]).__name__ == "TensorNumber"
+
+
+def test_several_targets() -> None:
+    df = frame().assign(double=lambda d: 2 * d["price"])
+    dls = tabular_dataloaders(df, ["price", "double"], ["kind"], ["size"], cache="off")
+    learn = tabular_learner(dls, layers=[8])
+    with learn.no_logging():
+        learn.fit(1)
+    assert learn.get_preds()[0].shape == (dls.valid.n, 2)
+
+
+def test_labels_that_do_not_exclude_each_other() -> None:
+    df = frame().assign(
+        tags=lambda d: [["big"] * (s > 0) + ["a"] * (k == "a") for s, k in zip(d["size"], d["kind"], strict=True)]
+    )
+    dls = tabular_dataloaders(df, "tags", ["kind"], ["size"], y_block=MultiCategoryBlock(), cache="off")
+    learn = tabular_learner(dls)
+    with learn.no_logging():
+        learn.fit_one_cycle(5, 1e-2)
+    assert set(learn.predict({"kind": "a", "size": 3.0}).decoded) == {"big", "a"}
+
+
+def test_widths_of_embeddings() -> None:
+    table = table_of(tabular_dataloaders(frame(), "wins", ["kind"], ["size"], cache="off"))
+    assert get_emb_sz(table) == [[4, 3], [3, 3]]
+    assert get_emb_sz(table, {"kind": 9}) == [[4, 9], [3, 3]]
+    with pytest.raises(ValueError, match=r"no column 'kinds'.*'kind'"):
+        get_emb_sz(table, {"kinds": 9})
+
+
+def test_pictures_of_a_table() -> None:
+    learn = trained("wins", 1, drop=["price"])
+    for figure in (learn.dls.show_batch(3), learn.show_results()):
+        cells = figure.axes[0].tables[0].get_celld()
+        named = [cells[0, i].get_text().get_text() for i in range(4)]
+        assert named == ["kind", "mark", "size", "target"]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: tabular_dataloaders(frame(), "won"), DataError, "no column 'won'"),
+        (lambda: tabular_block("a", ["a"]), ValueError, "'a': the target cannot be an input"),
+        (lambda: tabular_learner(trained("wins", 1).dls, arch="tree"), ValueError, "mlp, resnet, not 'tree'"),
+        (lambda: tabular_learner(trained("wins", 1).dls, [9], arch="resnet"), ValueError, "widths of 'mlp'"),
+        (lambda: tabular_dataloaders([1, 2, 3], "y"), DataError, "is no table"),
+        (lambda: tabular_dataloaders(frame(), "wins", y_block=RegressionBlock()), DataError, "not a number"),
+    ],
+)
+def test_mistakes(call: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        call()
