@@ -17,8 +17,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from cluster.models import load_model
-
 
 class Elsewhere:
     """A process that has imported what predicting needs and waits for a model; it ends with the `with` block."""
@@ -39,13 +37,12 @@ class Elsewhere:
         self._process.stdin.write(json.dumps([model, str(file)]) + "\n")
         self._process.stdin.flush()
 
-    def answer(self) -> tuple[str, float]:
-        """The label and its probability. RuntimeError when the model cannot be loaded there."""
+    def answer(self) -> str:
+        """What it predicts. RuntimeError when the model cannot be loaded there."""
         answer, errors = self._process.communicate()
         if self._process.returncode:
             raise RuntimeError(f"the model cannot be loaded back:\n{errors}")
-        label, probability = json.loads(answer)
-        return label, probability
+        return answer.strip()
 
     def __enter__(self) -> Self:
         return self
@@ -59,12 +56,14 @@ def _predict_when_told() -> None:
     os.nice(19)  # what trains comes first
     import torchvision  # noqa: F401
 
+    from cluster.models import load_model
+    from cluster.scoring import said_of
+
     told = sys.stdin.readline()
     if not told:  # the other process has ended
         return
     model, file = json.loads(told)
-    (found,) = load_model(model).predict([Path(file)])
-    print(json.dumps([found.label, found.probability]))
+    print(said_of(load_model(model), Path(file))[0])
     gc.freeze()  # nobody waits for a last look through all objects
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from blocks.errors import UserError
 from cluster.places import places, shown
-from cluster.tracking import open_client
+from cluster.store import open_client
 
 if TYPE_CHECKING:
     from training.export import Predictor

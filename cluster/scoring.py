@@ -1,13 +1,18 @@
 """The MLflow model of an export: a pyfunc whose folder holds data only; this module is its loader.
 
-A data frame with the column `image` (encoded bytes) becomes one with `label` and `probability`.
+A data frame with a column an input (`image` where that is one picture, as encoded bytes) becomes one with `label`, as a person
+reads it, and with its `probability` where the label is one class.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from cluster.example import column_type, inputs_of, plain, read_items
 from training.export import Predictor, load_predictor
+
+LONGEST_LABEL = 200  # characters: a mask has more numbers than anybody reads
 
 
 class ScoringModel:
@@ -17,9 +22,46 @@ class ScoringModel:
         self.predictor = predictor
 
     def predict(self, frame: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """`label` and `probability` of each row's `image`, in their order."""
-        found = self.predictor.predict(list(frame["image"]))
-        return pd.DataFrame({"label": [p.label for p in found], "probability": [p.probability for p in found]})
+        """`label` (and `probability`) of each row's item, in their order."""
+        columns = [frame[name] for name in inputs_of(self.predictor.encode.columns)]
+        found = self.predictor.predict(list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True)))
+        said = pd.DataFrame({"label": pd.Series([plain(p.label) for p in found], dtype=object)})
+        if any(p.probability is not None for p in found):
+            said["probability"] = [p.probability for p in found]
+        return said
+
+
+def said_of(predictor: Predictor, file: Path) -> list[str]:
+    """What a predictor says of a picture, or of each row of a table, in a line each."""
+    said = ScoringModel(predictor).predict(read_items(file, inputs_of(predictor.encode.columns)))
+    lines = [_short(label) for label in said["label"]]
+    if "probability" in said:
+        return [f"{line}  {p:.4f}" for line, p in zip(lines, said["probability"], strict=True)]
+    return lines
+
+
+def _short(label: Any) -> str:
+    if isinstance(label, float):
+        return f"{label:.6g}"
+    text = ", ".join(map(_short, label)) if isinstance(label, list) else str(label)
+    return text if len(text) <= LONGEST_LABEL else f"{text[:LONGEST_LABEL]}..."
+
+
+def signature(export: Path, example: Path) -> dict[str, list[dict[str, Any]]]:
+    """`inputs` and `outputs` of an export, as MLflow's schemas write them: the columns of an example and of its answer."""
+    model = ScoringModel(load_predictor(export))
+    items = read_items(example, inputs_of(model.predictor.encode.columns))
+    answer = model.predict(items)
+    found = {
+        part: [_column(name, frame[name].iloc[0]) for name in frame] for part, frame in (("inputs", items), ("outputs", answer))
+    }
+    if model.predictor.vocab and "probability" not in answer:  # no class may apply to the example
+        found["outputs"][0] = _column("label", [""])
+    return found
+
+
+def _column(name: str, cell: Any) -> dict[str, Any]:
+    return {"name": name, "required": True, **column_type(cell)}
 
 
 def _load_pyfunc(path: str) -> ScoringModel:

@@ -2,6 +2,19 @@
 
 Whoever trains only appends; the driver follows the file, prints and sends to MLflow. So a slow or dead server costs the
 training nothing, and what was not sent is still there. Imports nothing heavy: Train's controller writes to it as well.
+
+Kinds of records, in the order a run writes them:
+
+    start     name, params, tags, parent      a run begins, or goes on (parent: the spool's name of a sweep's run)
+    data      name, source, digest, rows      the data set it trains on
+    metrics   step, values                    one epoch
+    tag       key, value                      something to find it by, or where a checkpoint is; a later value replaces it
+    text      file, text                      a small text artifact
+    artifact  path, folder                    a file to upload
+    model     path, example, inputs, outputs, register, alias    an export to log as a model, see `cluster.registry`
+    end       status                          FINISHED, FAILED or KILLED
+
+Paths are relative to the spool's folder, so that a run folder can be moved.
 """
 
 import json
@@ -26,24 +39,36 @@ def append(spool: Path | str, kind: str, run: str, /, **values: Any) -> None:
         os.close(descriptor)
 
 
+def append_epoch(path: Path | str, run: str, values: dict[str, Any]) -> None:
+    """Add one epoch's values: the one form of it, whoever writes."""
+    append(path, "metrics", run, step=int(values["epoch"]), values=values)
+
+
+def read(path: Path | str, position: int = 0) -> list[tuple[dict[str, Any], int]]:
+    """The whole records from byte `position` on, each with the position after it. A line half written is none yet."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(position)
+            lines = file.read().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        if line.endswith(b"\n"):
+            position += len(line)
+            records.append((json.loads(line), position))
+    return records
+
+
 def follow(path: Path | str, finished: threading.Event) -> Iterator[list[dict[str, Any]]]:
     """The records of a growing file, in batches as they come; ends when `finished` is set and all were given."""
     position = 0
     while True:
         last_look = finished.is_set()
-        if Path(path).exists():
-            with open(path, "rb") as file:
-                file.seek(position)
-                read = file.read()
-            whole = read[: read.rfind(b"\n") + 1]
-            position += len(whole)
-            if whole:
-                yield [json.loads(line) for line in whole.splitlines()]
+        found = read(path, position)
+        if found:
+            position = found[-1][1]
+            yield [record for record, _ in found]
         if last_look:
             return
         finished.wait(POLL_SECONDS)
-
-
-def append_epoch(path: Path | str, run: str, values: dict[str, Any]) -> None:
-    """Add one epoch's values: the one form of it, whoever writes."""
-    append(path, "metrics", run, step=int(values["epoch"]), values=values)

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from blocks.dataloaders import DataLoaders
-from blocks.feed import Feed
 from cluster.data import dataloaders
+from cluster.example import write_example
 from cluster.places import places
 from cluster.runs import Run, finish_run, new_run_folder, words_of, write_run
 from cluster.spool import SPOOL, append
@@ -21,7 +21,7 @@ from training.learner import Learner
 from training.recipe import Recipe
 
 Say = Callable[[str], None]
-BATCH_PICTURE, RESULTS_PICTURE = "batch.png", "predictions.png"
+BATCH_PICTURE, RESULTS_PICTURE, EXPORT = "batch.png", "predictions.png", "export"
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,15 @@ def _train_in(folder: Path, recipe: Recipe, workers: Workers, say: Say, resumed:
             how = f"going on with {run}, " if resumed else ""
             say(f"train: {how}{recipe.epochs} epoch{'s' * (recipe.epochs != 1)} {where}")
             learn.fit(recipe.schedule, recipe.lr, on=InFolder(workers, str(folder)))
-            export = record_model(spool, run, folder, learn)
+            example = record_model(spool, run, folder, learn)
         finish_run(folder)
     return Trained(
         learn=learn,
         run_id=tracker.run_id(run),
         model_uri=tracker.model_uri(run),
         folder=folder,
-        export=export,
-        example=example_file(dls),
+        export=folder / EXPORT,
+        example=example,
         seconds=time.perf_counter() - began,
         trouble=tracker.trouble,
     )
@@ -117,26 +117,24 @@ def tags_of(dls: DataLoaders) -> dict[str, str]:
 
 
 def record_data(spool: Path, run: str, folder: Path, dls: DataLoaders) -> None:
-    """Record the plan and a picture of a batch."""
+    """Record the data set, its plan and a picture of a batch."""
+    assert dls.prepared is not None
+    found, source = dls.prepared, str(dls.prepared.index["source"])
+    append(spool, "data", run, name=Path(source).name, source=source, digest=found.fingerprint, rows=found.rows)
     append(spool, "text", run, file="plan.txt", text=dls.plan_text)
     dls.show_batch().savefig(folder / BATCH_PICTURE)
-    append(spool, "artifact", run, path=str(folder / BATCH_PICTURE), folder="pictures")
+    append(spool, "artifact", run, path=BATCH_PICTURE, folder="pictures")
 
 
-def record_model(spool: Path, run: str, folder: Path, learn: Learner) -> Path:
-    """Export the model, and record it with a picture of its predictions."""
+def record_model(spool: Path, run: str, folder: Path, learn: Learner, register: str = "", alias: str = "") -> Path:
+    """Export the model, and record it with an example of its use and a picture of its predictions; the example's file."""
+    from cluster.scoring import signature
+
     learn.show_results().savefig(folder / RESULTS_PICTURE)
-    append(spool, "artifact", run, path=str(folder / RESULTS_PICTURE), folder="pictures")
-    export = learn.export(folder / "export")
-    append(spool, "model", run, path=str(export), example=str(example_file(learn.dls)))
-    return export
-
-
-def example_file(dls: DataLoaders) -> Path:
-    """The file of the first validation row."""
-    assert dls.prepared is not None
-    assert isinstance(dls.valid, Feed)
-    return Path(dls.prepared.index["source"], next(iter(dls.valid)).ids[0])
+    append(spool, "artifact", run, path=RESULTS_PICTURE, folder="pictures")
+    export, example = learn.export(folder / EXPORT), write_example(learn.dls, folder)
+    append(spool, "model", run, path=EXPORT, example=example.name, **signature(export, example), register=register, alias=alias)
+    return example
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from blocks.errors import UserError
 from cluster.places import places, shown
-from cluster.tracking import open_client
+from cluster.store import open_client
 
 HOST = "127.0.0.1"
 START_SECONDS = 120.0

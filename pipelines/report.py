@@ -37,20 +37,22 @@ def report_training(trained: "Trained", elsewhere: "Elsewhere", say: Say) -> Non
     say(f"data     {learn.dls.prepared.where}")
     if trained.trouble:
         say(f"records  not all sent to MLflow: {trained.trouble}. They are in {trained.folder}")
-    label, probability = elsewhere.answer()
-    say(f"loaded   in a fresh process: {trained.example}  {label}  {probability:.4f}")
+    say(f"loaded   in a fresh process: {trained.example}  {elsewhere.answer()}")
     say("next     fastray ui")
     say(f"         fastray predict {shlex.quote(model)} {shlex.quote(str(trained.example))}")
 
 
 def report_predictions(predictor: "Predictor", files: Sequence[str], say: Say) -> None:
-    """One line a file: its name, the label, its probability. UserError when a file is no picture."""
+    """One line an item: its file, the label, its probability. UserError when a file holds no items for this model."""
+    from cluster.scoring import said_of
+
     for file in files:
         try:
-            (found,) = predictor.predict([Path(file)])
+            found = said_of(predictor, Path(file))
         except UnreadableRow as unreadable:
             raise UserError(f"{file}: {unreadable}") from unreadable
-        say(f"{file}  {found.label}  {found.probability:.4f}")
+        for line in found:
+            say(f"{file}  {line}")
 
 
 def report_sweep(swept: "Swept", name: str, say: Say) -> None:
