@@ -20,6 +20,7 @@ from .collecting import MCDropout as MCDropout
 from .composed import Optimizer as Optimizer
 from .export import Prediction as Prediction
 from .export import Predictor as Predictor
+from .export import load_learner as load_learner
 from .export import load_predictor as load_predictor
 from .gan import AdaptiveGANSwitcher as AdaptiveGANSwitcher
 from .gan import FixedGANSwitcher as FixedGANSwitcher

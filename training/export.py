@@ -26,10 +26,11 @@ from blocks.errors import UserError
 from blocks.gather import collate
 from blocks.plan import Column, Encode
 from blocks.splits import TRAIN, VALID
-from blocks.tensors import TensorBase, as_plain, tensor_type
+from blocks.tensors import as_plain, tensor_type
 from blocks.transform import Pipeline
 from training.losses import BaseLoss, loss_from_plain, loss_to_plain
 from training.models import ModelSpec
+from training.results import as_label
 
 if TYPE_CHECKING:
     from training.learner import Learner
@@ -190,13 +191,10 @@ class Predictor:
 
     def _said(self, row: Tensor) -> Prediction:
         decoded = self.loss.decodes(row[None])[0]
-        typed = decoded.as_subclass(self.target_type) if issubclass(self.target_type, TensorBase) else decoded
         vocab = self.vocab if row.ndim == 1 else ()
         if vocab and len(vocab) != len(row):
             raise UserError(f"the export names {len(vocab)} classes, but its model has {len(row)} outputs")
-        if typed.ndim == 1 and len(typed) == 1 and not vocab:
-            typed = typed[0]  # of a model with one output
-        label = self.target_tfms.decode(self.batch_tfms.decode(typed))
+        label = as_label(decoded, self.target_type, self.batch_tfms, self.target_tfms)
         one_class = bool(vocab) and decoded.ndim == 0
         probabilities = dict(zip(vocab, row.tolist(), strict=True)) if vocab else {}
         return Prediction(label, float(row[int(decoded)]) if one_class else None, probabilities, row)
@@ -218,8 +216,24 @@ def load_predictor(path: str | Path, trust: Sequence[str] = ()) -> Predictor:
     except _NotAnExport as error:
         raise UserError(f"{str(folder)!r} is not an exported model: {error}") from None
     # What is read is a stranger's file: whatever is wrong with it is said as one thing.
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
+    except (*DAMAGED, SafetensorError) as error:
         raise UserError(f"the export {str(folder)!r} cannot be used: {type(error).__name__}: {error}") from error
+
+
+load_learner = load_predictor  # fastai's name
+
+DAMAGED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class _NotAnExport(Exception):
@@ -285,13 +299,25 @@ def _import_trusted(name: str, trust: tuple[str, ...]) -> None:
 
 
 def _built(described: dict[str, Any], content: bytes) -> nn.Module:
-    model = ModelSpec(described["builder"], described["arguments"]).build()
-    weights = safetensors.torch.load(content)
+    spec, weights = ModelSpec(described["builder"], described["arguments"]), safetensors.torch.load(content)
+    # First without memory: what a changed file asks for may be larger than any.
     try:
-        model.load_state_dict(weights)
+        with torch.device("meta"):
+            shapes = spec.build()
+    except RuntimeError:  # a builder that reads numbers, which are not there
+        pass
+    else:
+        _take_weights(shapes, weights, assign=True)
+    model = spec.build()
+    _take_weights(model, weights)
+    return model.eval()
+
+
+def _take_weights(model: nn.Module, weights: dict[str, Tensor], assign: bool = False) -> None:
+    try:
+        model.load_state_dict(weights, assign=assign)
     except RuntimeError as mismatch:
         raise ValueError(f"its weights do not fit its model: {mismatch}") from mismatch
-    return model.eval()
 
 
 def _loaded_program(content: bytes) -> nn.Module:

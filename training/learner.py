@@ -122,7 +122,7 @@ class Learner:
     ):
         self.dls, self.model, self.opt_func, self.lr, self.splitter = dls, model, opt_func, lr, splitter
         self.wd, self.wd_bn_bias, self.train_bn, self.moms = wd, wd_bn_bias, train_bn, moms
-        self.loss_func = loss_func or loss_for(target_type(dls))
+        self.loss_func = loss_func or loss_for(self.target_type)
         many = metrics if isinstance(metrics, Iterable) else [metrics]
         self.metrics = [as_metric(m) for m in many]
         twice = [name for name, number in Counter(m.name for m in self.metrics).items() if number > 1]
@@ -413,6 +413,11 @@ class Learner:
     def unfreeze(self) -> None:
         """All groups train."""
         self.freeze_to(0)
+
+    @functools.cached_property
+    def target_type(self) -> type[Tensor]:
+        """The type of the data's last column: TensorCategory for class labels, Tensor where nothing is known."""
+        return target_type(self.dls)
 
     def _to_device(self) -> None:
         self.model.to(self.device)

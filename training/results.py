@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from blocks.splits import TRAIN, VALID
-from blocks.tensors import as_plain
+from blocks.tensors import TensorBase, TensorNumber, as_plain
+from blocks.transform import Pipeline
 from training.callback import EVENTS, Callback
 
 if TYPE_CHECKING:
@@ -89,7 +90,10 @@ def get_preds(
 
 
 class Predicted(NamedTuple):
-    """What a Learner says of one item: the target as a person reads it, as the model does, and the activations."""
+    """What a Learner says of one item: the target as a person reads it, as the model does, and the activations.
+
+    The first is the `label` that an export predicts.
+    """
 
     decoded: Any
     prediction: Tensor
@@ -99,7 +103,7 @@ class Predicted(NamedTuple):
 def predict(learn: "Learner", item: Any) -> Predicted:
     """Predict one item, given as `get_x` gives it: `decoded, prediction, activations = learn.predict(path)`.
 
-    Several inputs are a tuple. decoded: the class, the tuple of those that apply, or the prediction itself: numbers, a mask.
+    Several inputs are a tuple. decoded: the class, those that apply, a number or several in their units, a mask.
     """
     if learn.dls.encode is None:
         raise ValueError("the data was not made from a DataBlock, so an item cannot be read: call get_preds on batches")
@@ -107,13 +111,25 @@ def predict(learn: "Learner", item: Any) -> Predicted:
 
     row = tuple(x[None] for x in input_tensors(learn.dls.encode, item))
     preds, _, decoded = get_preds(learn, [row], with_decoded=True)
-    prediction = decoded[0]
-    names = learn.dls.vocab
-    if not names or prediction.ndim > 1:
-        return Predicted(prediction, prediction, preds[0])
-    if prediction.ndim == 0:
-        return Predicted(names[int(prediction)], prediction, preds[0])
-    return Predicted(tuple(n for n, yes in zip(names, prediction.tolist(), strict=True) if yes), prediction, preds[0])
+    activations, prediction = _first_row(preds), _first_row(decoded)
+    targets = learn.dls.encode.columns[learn.dls.encode.n_inp :]
+    if len(targets) != 1:  # what belongs to which is the loss's matter
+        return Predicted(prediction, prediction, activations)
+    return Predicted(
+        as_label(prediction, learn.target_type, learn.dls.batch_tfms, targets[0].type_tfms), prediction, activations
+    )
+
+
+def _first_row(x: Any) -> Any:
+    return x[0] if isinstance(x, Tensor) else tuple(map(_first_row, x))
+
+
+def as_label(decoded: Tensor, kind: type[Tensor], batch_tfms: Pipeline, target_tfms: Pipeline) -> Any:
+    """One prediction, of targets of this type, as a person reads it: the transforms of batches and target undone."""
+    typed = decoded.as_subclass(kind) if issubclass(kind, TensorBase) else decoded
+    if issubclass(kind, TensorNumber) and typed.shape == (1,):
+        typed = typed[0]  # of a model with one output
+    return target_tfms.decode(batch_tfms.decode(typed))
 
 
 class _Augmented(Callback):

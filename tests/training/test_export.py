@@ -1,13 +1,16 @@
 """Exports: what is predicted before is predicted after, nothing but data is written, nothing but data is read."""
 
+import contextlib
+import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
@@ -37,14 +42,25 @@ from blocks import (
     Resize,
     TensorImage,
     TensorMask,
+    TensorNumber,
     TensorPoint,
+    Transform,
     get_image_files,
     parent_label,
 )
 from blocks.errors import UnreadableRow, UserError
 from blocks.tensors import as_plain
 from blocks.transform import registered_name
-from training import Learner, accuracy, body_and_head, load_predictor, model_builder, torchvision_classifier
+from training import (
+    Learner,
+    Predictor,
+    accuracy,
+    body_and_head,
+    load_learner,
+    load_predictor,
+    model_builder,
+    torchvision_classifier,
+)
 from training.models import BUILDERS, ModelSpec
 
 
@@ -582,3 +598,136 @@ def test_a_builder_of_a_taken_name_does_not_stand_in_for_the_librarys() -> None:
 def test_an_unknown_architecture_suggests_others() -> None:
     with pytest.raises(UserError, match=r"torchvision has no classifier 'resnet8': did you mean .*'resnet18'"):
         torchvision_classifier(arch="resnet8", n_out=2)
+
+
+# --- one answer ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_learner_predicts_the_label_that_its_export_does(few_digits: Path, tmp_path: Path) -> None:
+    """Once numbers were tensors in one and floats in the other, and classes that apply a tuple and a list."""
+    scaled = RegressionBlock(), {"get_y": total, "n_out": 1, "batch_tfms": Scaled()}
+    for blocks, how in (
+        (MultiCategoryBlock(), {"get_y": signs, "n_out": 2}),
+        (RegressionBlock(), {"get_y": total, "n_out": 1}),
+        (RegressionBlock(2), {"get_y": list, "n_out": 2}),
+        (CategoryBlock(), {"get_y": lambda item: "up" if total(item) > 0 else "down", "n_out": 2}),
+        scaled,
+    ):
+        learn = of_points(blocks, **how)
+        learn.fit(2)
+        (there,) = load_predictor(learn.export(tmp_path / "exported")).predict([(0.5, 0.25)])
+        here = learn.predict((0.5, 0.25))
+        assert type(here.decoded) is type(there.label)
+        assert here.decoded == there.label
+        torch.testing.assert_close(here.activations, there.activations)
+    assert here.decoded == pytest.approx(float(here.activations) * 10)
+
+
+@dataclasses.dataclass
+class Scaled(Transform):
+    """Targets in tenths."""
+
+    def encodes(self, x: TensorNumber) -> TensorNumber:
+        return x / 10 if x.shape[-1:] != (2,) else x
+
+    def decodes(self, x: TensorNumber) -> TensorNumber:
+        return x * 10 if x.shape[-1:] != (2,) else x
+
+
+@pytest.mark.parametrize("error", [OverflowError, ZeroDivisionError, AssertionError, MemoryError, ImportError, RecursionError])
+def test_whatever_fails_while_an_export_is_loaded_is_said_as_one_thing(
+    exported: Path, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(**arguments: Any) -> nn.Module:
+        raise error("here")
+
+    monkeypatch.setitem(BUILDERS, registered_name(little), fails)
+    with pytest.raises(UserError, match=rf"cannot be used: {error.__name__}: here"):
+        load_predictor(exported)
+
+
+def test_a_number_beyond_floats_is_refused(exported: Path) -> None:
+    with pytest.raises(UserError, match="cannot be used: OverflowError"):
+        load_predictor(rewritten(exported, lambda spec: spec.update(pad={"x": 10**400})))
+
+
+def test_a_model_too_large_for_any_memory_is_refused_before_it_is_built(exported: Path) -> None:
+    built: list[torch.device] = []
+    original = BUILDERS[registered_name(little)]
+
+    def noting(**arguments: Any) -> nn.Module:
+        built.append(torch.empty(0).device)
+        return original(**arguments)
+
+    BUILDERS[registered_name(little)] = noting
+    try:
+        with pytest.raises(UserError, match="do not fit its model"):
+            load_predictor(rewritten(exported, lambda spec: spec["model"]["arguments"].update(width=10**9)))
+    finally:
+        BUILDERS[registered_name(little)] = original
+    assert built == [torch.device("meta")]
+
+
+def test_fastais_name_of_loading() -> None:
+    assert load_learner is load_predictor
+
+
+# --- any damage ----------------------------------------------------------------------------------------------------------
+
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from(
+        [-1, 0, 1, 3, 7, 2**31, 2**63, 10**30, 1e308, -0.5, float("inf"), float("nan"), "", "x", "os.system", "1", [], {}]
+    ),
+    st.lists(st.integers(-2, 5), max_size=3),
+    st.dictionaries(st.sampled_from(["name", "builder", "type", "tfms"]), st.sampled_from(["Resize", "little", 1]), max_size=2),
+)
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to each value within a description."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inner:
+        yield (*at, key)
+        yield from places(part, (*at, key))
+
+
+def loaded_or_refused(folder: Path) -> None:
+    with contextlib.suppress(UserError):
+        assert isinstance(load_predictor(folder), Predictor)
+
+
+def test_a_description_damaged_anywhere_is_loaded_or_refused(exported: Path) -> None:
+    whole = json.loads((exported / "learner.json").read_text())
+
+    @settings(deadline=None, max_examples=150, derandomize=True)
+    @given(data=st.data(), odd=ODD, gone=st.booleans())
+    def damaged(data: st.DataObject, odd: Any, gone: bool) -> None:
+        spec = copy.deepcopy(whole)
+        *way, last = data.draw(st.sampled_from(sorted(places(spec), key=repr)))
+        holder = functools.reduce(lambda part, key: part[key], way, spec)
+        if gone:
+            del holder[last]
+        else:
+            holder[last] = odd
+        (exported / "learner.json").write_text(json.dumps(spec))
+        loaded_or_refused(exported)
+
+    damaged()
+
+
+def test_weights_damaged_anywhere_are_loaded_or_refused(exported: Path) -> None:
+    """Also where whoever damaged them wrote their hash down."""
+    whole = (exported / "model.safetensors").read_bytes()
+    header = int.from_bytes(whole[:8], "little") + 8
+
+    @settings(deadline=None, max_examples=150, derandomize=True)
+    @given(st.integers(0, header + 8), st.binary(min_size=1, max_size=4), st.integers(0, 4))
+    def damaged(at: int, new: bytes, instead_of: int) -> None:
+        content = whole[:at] + new + whole[at + instead_of :]
+        (exported / "model.safetensors").write_bytes(content)
+        rewritten(exported, lambda spec: spec.update(sha256=hashlib.sha256(content).hexdigest()))
+        loaded_or_refused(exported)
+
+    damaged()
