@@ -9,20 +9,30 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.result import Result
 
 from cluster.runtime import is_own
-from cluster.spool import append_epoch
+from cluster.spool import append, append_epoch
 
 ABORT_SECONDS = 20.0
 
 
 class ToSpool(ray.train.UserCallback):
-    """Appends rank 0's epochs to the spool; the controller is on the driver's node."""
+    """Appends rank 0's epochs to the spool, and how often workers were replaced; the controller is on the driver's node.
 
-    def __init__(self, spool: str, run: str):
-        self.spool, self.run = spool, run
+    restarts: how often the run was gone on with before.
+    """
+
+    def __init__(self, spool: str, run: str, restarts: int = 0):
+        self.spool, self.run, self.restarts = spool, run, restarts
+        self.told = 0
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        if "epoch" in metrics[0]:
-            append_epoch(self.spool, self.run, metrics[0])
+        for values in metrics[0]["epochs"]:
+            append_epoch(self.spool, self.run, values)
+        if self.restarts > self.told:  # told when it went on, since the last failure may end the run
+            append(self.spool, "tag", self.run, tags={"fastray.restarts": str(self.restarts)})
+            self.told = self.restarts
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        self.restarts += 1
 
 
 class InterruptibleTrainer(TorchTrainer):

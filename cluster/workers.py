@@ -1,7 +1,6 @@
 """`Workers`: where a Learner trains. Here, or on Ray Train workers that bring everything home afterwards."""
 
 import contextlib
-import os
 import pickle
 import tempfile
 import threading
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 
 from blocks.errors import UserError
-from blocks.storage import is_url, shown
+from blocks.storage import filesystem, is_url, shown
+from cluster.checkpoints import Checkpoints, read_state
 from cluster.places import places
 from cluster.runs import Run, find_run, finish_run, new_run_folder, run_name, words_of, write_run
 from cluster.runtime import check_resources, start_ray, start_ray_meanwhile
@@ -23,8 +23,9 @@ from training.callback import Callback
 from training.callbacks import Progress, epoch_line
 from training.learner import Learner, Rate
 from training.schedule import Schedule, total_epochs
+from training.state import generators, seed_all, set_generators
 
-STATE_FILE = "learner.pt"
+START_FAILURES = 3  # so many times Ray Train may fail to start the workers
 
 
 @dataclass(frozen=True)
@@ -170,17 +171,6 @@ class SpoolReport(Callback):
             append_epoch(self.path, self.run_id, dict(learn.recorder.values))
 
 
-class _TrainReport(Callback):
-    """Reports each epoch to Ray Train, from every rank."""
-
-    order = 90
-
-    def after_epoch(self, learn: Learner) -> None:
-        import ray.train
-
-        ray.train.report(dict(learn.recorder.values))
-
-
 def _shipped(learn: Learner) -> bytes:
     # What prints and records stays on the driver: it follows the spool.
     from ray import cloudpickle
@@ -199,20 +189,29 @@ def _trained_state(
     workers: Workers, learn: bytes, schedule: Schedule, lr: Rate, folder: str, spool: Path, run: str
 ) -> dict[str, Any]:
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.exceptions import WorkerGroupError
 
     from cluster.controller import InterruptibleTrainer, ToSpool
 
+    storage, path = filesystem(folder) if is_url(folder) else (None, folder)
     trainer = InterruptibleTrainer(
         _train_loop,
-        train_loop_config={"learn": ray.put(learn), "schedule": schedule, "lr": lr},
+        train_loop_config={
+            "learn": ray.put(learn),
+            "schedule": schedule,
+            "lr": lr,
+            "generators": generators(),
+            "checkpoints": (folder, workers.checkpoint_steps, workers.checkpoint_minutes),
+        },
         scaling_config=ScalingConfig(num_workers=workers.number, use_gpu=workers.gpu),
         run_config=RunConfig(
             name="train",
-            storage_path=folder,
+            storage_path=path,
+            storage_filesystem=storage,
             callbacks=[ToSpool(str(spool), run)],
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            failure_config=FailureConfig(max_failures=workers.max_failures, controller_failure_limit=START_FAILURES),
+            checkpoint_config=CheckpointConfig(num_to_keep=workers.keep),
         ),
     )
     try:
@@ -221,8 +220,7 @@ def _trained_state(
         # Where one rank fails the others lose their peer: that is not the reason.
         failures = sorted(error.worker_failures.items(), key=lambda rank: ("gloo" in str(rank[1]).lower(), rank[0]))
         raise failures[0][1] from None
-    with result.checkpoint.as_directory() as home:
-        return torch.load(Path(home, STATE_FILE), map_location="cpu", weights_only=True)
+    return read_state(result.checkpoint, rank=0)
 
 
 def _train_loop(config: dict[str, Any]) -> None:
@@ -234,28 +232,36 @@ def _train_loop(config: dict[str, Any]) -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # a worker has one CPU
     learn: Learner = pickle.loads(ray.get(config["learn"]))  # noqa: S301  the driver's own, of this run
-    context = ray.train.get_context()
-    learn.dls = learn.dls.shard(context.get_world_rank(), context.get_world_size())
+    rank, world = distributed.rank(), distributed.world()
+    learn.dls = learn.dls.shard(rank, world)
     learn.device = get_device()
-    learn.add_callback(_TrainReport())
-    learn.fit(config["schedule"], config["lr"])
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = None
-        if context.get_world_rank() == 0:
-            torch.save(learn.state_dict(), os.path.join(folder, STATE_FILE))
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report({}, checkpoint=checkpoint)
+    checkpoints = Checkpoints(*config["checkpoints"])
+    learn.add_callback(checkpoints)
+    newest = ray.train.get_checkpoint()
+    if newest is None:
+        set_generators(config["generators"])
+        if rank:  # numbers of its own, and the same in each run
+            seed_all(int(torch.randint(2**31, ())) + rank)
+        learn.fit(config["schedule"], config["lr"])
+    else:
+        state = read_state(newest, rank)
+        learn.load_state_dict(state)
+        if not state["finished"]:
+            learn.resume()
+    checkpoints.save(learn, finished=True)
 
 
 @contextlib.contextmanager
 def _printed(spool: Path, run: str, epochs: int) -> Iterator[None]:
-    # A thread prints each epoch's line as the spool grows.
+    # A thread prints each epoch's line as the spool grows; an epoch that was told again after a restart, once.
     finished = threading.Event()
 
     def work() -> None:
+        printed = -1
         for records in follow(spool, finished):
             for record in records:
-                if record["kind"] == "metrics" and record["run"] == run:
+                if record["kind"] == "metrics" and record["run"] == run and record["step"] > printed:
+                    printed = record["step"]
                     print(epoch_line(record["values"], epochs), flush=True)
 
     thread = threading.Thread(target=work, name="fastray-progress", daemon=True)

@@ -1,9 +1,9 @@
 """What a Learner that trains on several ranks needs of the others: one gradient, and one mind about stopping.
 
 Gradients are summed over the ranks in buckets whose layout depends on the model alone, from the first step on, so that a
-resumed run adds in the same order as the unbroken one. Two small things ride in the first bucket: over how many rows (or
-what else the loss counts) each rank's loss was a mean, which makes the sum the gradient of the mean over all of them; and
-the votes of ranks on which a callback wants to cancel something.
+resumed run adds in the same order as the unbroken one. Three small things ride in the first bucket: over how many rows (or
+what else the loss counts) each rank's loss was a mean, which makes the sum the gradient of the mean over all of them; the
+votes of ranks on which a callback wants to cancel something; and whether a rank asks for a checkpoint.
 
 **Agreement.** A cancel raised on one rank must not leave the others waiting in a collective. Within a training batch it is
 a vote: the rank stays in step, with weight zero, until the gradients are summed; then all ranks raise the strongest cancel
@@ -72,6 +72,7 @@ class Ranks:
         self.model = model
         self.parameters = list(model.parameters())
         self.votes = torch.zeros(len(CANCELS))
+        self.asks = self.asked = False  # for a checkpoint: this rank, with the next gradient; some rank, with the last one
         self.owes_gradients = False  # the others will wait for this rank's share of the batch's gradient
         self._layouts: dict[tuple[bool, ...], list[_Bucket]] = {}
         self._bucket_of: dict[nn.Parameter, _Bucket] = {}
@@ -138,7 +139,7 @@ class Ranks:
         for p in self.parameters:
             p.grad = None
         count = torch.as_tensor(0.0 if self.pending else count, dtype=torch.float32)
-        self._rides = torch.cat([count.detach().cpu().view(1), self.votes])
+        self._rides = torch.cat([count.detach().cpu().view(1), torch.tensor([float(self.asks)]), self.votes])
         self._ready, self._launched = buckets, 0
         for bucket in buckets:
             bucket.missing = len(bucket.parameters)
@@ -148,7 +149,8 @@ class Ranks:
             if bucket.work is not None:
                 bucket.work.wait()
         self.owes_gradients = False
-        total, votes = buckets[0].flat[-len(self._rides) :].cpu().split([1, len(self.votes)])
+        total, asked, votes = buckets[0].flat[-len(self._rides) :].cpu().split([1, 1, len(self.votes)])
+        self.asked = bool(asked)
         self.votes.zero_()
         try:
             _raise_strongest(votes)
@@ -184,7 +186,7 @@ class Ranks:
         buckets = []
         for number, group in enumerate(groups):
             like = group[0] if group else self.votes
-            size = sum(p.numel() for p in group) + len(group) + (1 + len(self.votes)) * (number == 0)
+            size = sum(p.numel() for p in group) + len(group) + (2 + len(self.votes)) * (number == 0)
             wide = torch.promote_types(like.dtype, torch.float32)
             buckets.append(_Bucket(group, torch.zeros(size, dtype=wide, device=like.device)))
         return buckets

@@ -1,7 +1,6 @@
 """The state of a Learner: all that a training needs to go on as if it had not been broken off.
 
-Tensors, numbers, strings, lists and dicts only, so that `torch.load(weights_only=True)` reads it. "callbacks", "off" (the
-names of those switched off), "generators" and "epoch_generators" are this rank's own; the rest is the same on every rank.
+Tensors, numbers, strings, lists and dicts only, so that `torch.load(weights_only=True)` reads it.
 """
 
 import copy
@@ -22,6 +21,9 @@ from training.schedule import Schedule, schedule_from_plain, schedule_to_plain
 
 if TYPE_CHECKING:
     from training.learner import Learner
+
+# A rank's own, "off" the names of callbacks that are switched off; the rest of a state is the same on every rank.
+OF_RANK = ("callbacks", "off", "generators", "epoch_generators")
 
 
 @dataclass
@@ -155,3 +157,10 @@ def set_generators(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global random generators. seed: at least 0, below 2**32."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

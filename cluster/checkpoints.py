@@ -1,0 +1,178 @@
+"""Checkpoints of a training on Ray Train workers: one part that all ranks share and one of each rank's own.
+
+A worker copies its state in memory and trains on; a thread of Ray Train's writes the copy to the run's storage and then tells
+the controller, which keeps the newest and gives the newest that is whole to workers that start.
+
+All ranks save at the same places, without a collective to agree on them: where an epoch begins, every so many batches, and
+after the batch in whose gradient sum a rank asked for it (`Ranks.asks`), because its clock says so. The place is always
+*before* other callbacks hear an event that every rank gets to. After one, a rank on which a callback has raised a cancel would
+already wait for the others' votes while those wait for its checkpoint.
+"""
+
+import copy
+import io
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from threading import Semaphore
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blocks.storage import put
+from training import distributed
+from training.callback import Callback
+from training.learner import Learner
+from training.state import OF_RANK, Position
+
+SHARED = "learner.pt"
+BEST = "best.pt"  # in the run's folder: the whole state after the best epoch, for `learn.load`
+
+
+def file_of(rank: int) -> str:
+    """The name of a rank's own part in a checkpoint."""
+    return f"rank{rank}.pt"
+
+
+def read_state(checkpoint: Any, rank: int) -> dict[str, Any]:
+    """A `learn.state_dict()` of a rank from a Ray Train checkpoint; "world": how many there were, "finished": the run was."""
+    state = _read(checkpoint, SHARED)
+    return state | _read(checkpoint, file_of(rank % state["world"]))
+
+
+def _read(checkpoint: Any, name: str) -> dict[str, Any]:
+    with checkpoint.filesystem.open_input_file(f"{checkpoint.path}/{name}") as file:
+        return torch.load(io.BytesIO(file.read()), map_location="cpu", weights_only=True)
+
+
+class Checkpoints(Callback):
+    """On each worker: reports epochs and checkpoints to Ray Train.
+
+    folder: the run's, or its URL. steps, minutes: how often within an epoch; not at all by default.
+    """
+
+    order = -1000
+
+    def __init__(self, folder: str, steps: int | None, minutes: float | None):
+        self.folder, self.steps, self.minutes = folder, steps, minutes
+        self._reported = 0
+        self._at = Position()  # of the newest one
+        self._saved_at = time.monotonic()
+        self._writing = Semaphore()
+        self._votes: Tensor | None = None
+
+    def before_fit(self, learn: Learner) -> None:
+        # Those of a run that goes on are told again, in case their report was lost: who records them knows them by number.
+        self._reported = first_of_run(learn)
+        self._at = replace(learn.position)
+
+    def before_epoch(self, learn: Learner) -> None:
+        if learn.position.opens_epoch and learn.position != self._at:
+            self.save(learn)
+
+    def before_batch(self, learn: Learner) -> None:
+        if not learn.training:
+            return
+        if self._votes is not None and learn._ranks is not None:
+            learn._ranks.votes.copy_(self._votes)
+            self._votes = None
+        asked = self._asks()
+        if learn._ranks is not None:
+            learn._ranks.asks = asked and distributed.rank() == 0
+            asked = learn._ranks.asked
+        due = asked or (self.steps is not None and learn.iter % self.steps == 0)
+        if due and learn.iter and learn.position != self._at:
+            self.save(learn)
+
+    def _asks(self) -> bool:
+        return self.minutes is not None and time.monotonic() - self._saved_at >= 60 * self.minutes
+
+    def save(self, learn: Learner, finished: bool = False) -> None:
+        """Report what is new, with a checkpoint of this moment. Every rank must call it."""
+        import ray.train
+
+        if learn._ranks is not None:
+            learn._ranks.asked = False
+            self._votes = learn._ranks.votes.clone()
+        rank, epochs = distributed.rank(), learn.recorder.history[self._reported :]
+        state = learn.state_dict()
+        self._votes = None
+        self._writing.acquire()  # storage that is slower than the checkpoints come must not fill the memory
+        state = _copied(state) | {"finished": finished, "world": distributed.world()}
+        own = {name: state.pop(name) for name in OF_RANK}
+        parts = {file_of(rank): own, SHARED: state} if rank == 0 else {file_of(rank): own}
+        best = rank == 0 and bool(epochs) and is_best(learn)
+        self._reported, self._saved_at = len(learn.recorder.history), time.monotonic()
+        self._at = replace(learn.position)
+        ray.train.report(
+            {"epochs": epochs} if rank == 0 else {},
+            checkpoint=ray.train.Checkpoint(self.folder),  # not read: `_write` has what to write
+            checkpoint_dir_name=f"epoch-{learn.epochs_trained:04d}-batch-{self._at.batch:06d}{'-end' * finished}",
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=False,
+            checkpoint_upload_fn=partial(_write, parts, self.folder if best else None, self._writing.release),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"votes": self._votes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._votes = state["votes"]
+
+
+def _write(parts: dict[str, Any], best: str | None, done: Callable[[], None], _: Any, name: str) -> Any:
+    # In Ray Train's thread. best: the folder that takes a copy of the whole.
+    import ray.train
+
+    try:
+        storage = ray.train.get_context().get_storage()
+        path, fs = storage.build_checkpoint_path_from_name(name), storage.storage_filesystem
+        fs.create_dir(path, recursive=True)
+        for file, part in parts.items():
+            with fs.open_output_stream(f"{path}/{file}") as out:
+                out.write(_as_bytes(part))
+        if best is not None:
+            put(best, BEST, _as_bytes({key: value for part in parts.values() for key, value in part.items()}))
+        return ray.train.Checkpoint(path, fs)
+    finally:
+        done()
+
+
+def _as_bytes(part: dict[str, Any]) -> memoryview:
+    content = io.BytesIO()
+    torch.save(part, content)
+    return content.getbuffer()
+
+
+def _copied(state: Any) -> Any:
+    # In memory of its own, on the CPU: training goes on while it is written.
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        copied = copy.copy(state)  # a model's state has its versions as an attribute
+        copied.update({key: _copied(value) for key, value in state.items()})
+        return copied
+    return type(state)(map(_copied, state)) if isinstance(state, list | tuple) else state
+
+
+def score_of(learn: Learner) -> tuple[str, bool]:
+    """What tells a good epoch, and whether more of it is better: the first metric, or else the validation loss."""
+    if not learn.metrics:
+        return "valid/loss", False
+    return f"valid/{learn.metrics[0].name}", learn.metrics[0].higher_is_better
+
+
+def is_best(learn: Learner) -> bool:
+    """Whether the last epoch of the run is the best of it so far."""
+    name, higher = score_of(learn)
+    run = learn.recorder.history[first_of_run(learn) :]
+    *before, last = [values.get(name, math.nan) * (1 if higher else -1) for values in run]
+    return not math.isnan(last) and not any(score >= last for score in before)
+
+
+def first_of_run(learn: Learner) -> int:
+    """Where this run's epochs begin in the history, after those of earlier runs."""
+    return len(learn.recorder.history) - learn.position.epochs_before(learn.schedule)
