@@ -1,7 +1,5 @@
 """Killed anywhere, a training ends with the bits of the unbroken one, and its history holds each step once."""
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
