@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 constraints:
 	rm -rf $(VENV)-constraints
 	$(PYTHON) -m venv $(VENV)-constraints
-	$(VENV)-constraints/bin/python -m pip install ".[dev,examples,text,bench]"
+	$(VENV)-constraints/bin/python -m pip install ".[dev,examples,text,vision,bench]"
 	( echo "# Made by 'make constraints': the versions the tests run with."; \
 	  $(VENV)-constraints/bin/python -m pip freeze --exclude fastray ) > constraints.txt
 	rm -rf $(VENV)-constraints

@@ -7,3 +7,6 @@ from .vision import digits as digits
 from .vision import digits_folder as digits_folder
 from .vision import folder as folder
 from .vision import image_classifier as image_classifier
+from .vision import textures as textures
+from .vision import textures_folder as textures_folder
+from .vision import vision_learner as vision_learner

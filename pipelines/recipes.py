@@ -6,7 +6,7 @@ from pathlib import Path
 
 from training.recipe import RecipeFunction, SettingError, did_you_mean
 
-RECIPES = {"digits": "pipelines.vision", "folder": "pipelines.vision"}
+RECIPES = dict.fromkeys(("digits", "folder", "textures"), "pipelines.vision")
 
 
 def recipe_names() -> list[str]:

@@ -131,6 +131,7 @@ from .mixed_precision import MixedPrecision as MixedPrecision
 from .mixing import CutMix as CutMix
 from .mixing import MixUp as MixUp
 from .models import model_builder as model_builder
+from .models import timm_classifier as timm_classifier
 from .models import torchvision_classifier as torchvision_classifier
 from .optimizer import SGD as SGD
 from .optimizer import Adam as Adam
@@ -183,5 +184,6 @@ from .tabular import tabular_resnet as tabular_resnet
 from .transfer import create_body as create_body
 from .transfer import create_head as create_head
 from .transfer import cut_model as cut_model
+from .transfer import halves_and_head as halves_and_head
 from .transfer import num_features as num_features
 from .transfer import vision_model as vision_model

@@ -3,6 +3,7 @@
 An export holds that data and the weights, so that loading it runs nothing but the builders registered here.
 """
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
@@ -57,16 +58,53 @@ def torchvision_classifier(*, arch: str, n_out: int) -> nn.Module:
     return torchvision_model(arch, num_classes=n_out)
 
 
-def torchvision_model(arch: str, **arguments: Any) -> nn.Module:
-    """torchvision's classifier of that name, with random weights. UserError when it has none, naming some that are near."""
-    import difflib
+@model_builder
+def timm_classifier(*, arch: str, n_out: int) -> nn.Module:
+    """A classifier of timm with random weights, by its name there: (rows, 3, h, w) float -> (rows, n_out) logits.
 
+    UserError when timm is not installed or has no classifier of that name.
+    """
+    return timm_model(arch, num_classes=n_out)
+
+
+def image_model(arch: str, **arguments: Any) -> nn.Module:
+    """torchvision's classifier of that name, else timm's, with random weights. UserError when neither has it."""
+    return torchvision_model(arch, **arguments) if arch in torchvision_names() else timm_model(arch, **arguments)
+
+
+def torchvision_names() -> list[str]:
+    """The classifiers that torchvision has."""
     import torchvision
 
-    known = torchvision.models.list_models(module=torchvision.models)
-    if arch not in known:
-        near = difflib.get_close_matches(arch, known, n=3)
-        raise UserError(
-            f"torchvision has no classifier {arch!r}" + (f": did you mean {', '.join(map(repr, near))}?" if near else "")
-        )
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def torchvision_model(arch: str, **arguments: Any) -> nn.Module:
+    """torchvision's classifier of that name, with random weights. UserError when it has none, naming some that are near."""
+    import torchvision
+
+    if arch not in torchvision_names():
+        raise UserError(f"torchvision has no classifier {arch!r}{_near(arch, torchvision_names())}")
     return torchvision.models.get_model(arch, weights=None, **arguments)
+
+
+def timm_model(arch: str, **arguments: Any) -> nn.Module:
+    """timm's classifier of that name, with random weights. UserError when it has none, or is not installed."""
+    try:
+        import timm
+    except ModuleNotFoundError as missing:
+        if missing.name != "timm":
+            raise
+        raise UserError(
+            f"torchvision has no classifier {arch!r}{_near(arch, torchvision_names())}; timm's are in the extra: "
+            "pip install 'fastray[vision]'"
+        ) from None
+    if not timm.is_model(arch):
+        known = [*torchvision_names(), *timm.list_models()]
+        raise UserError(f"neither torchvision nor timm has a classifier {arch!r}{_near(arch, known)}")
+    return timm.create_model(arch, pretrained=False, **arguments)
+
+
+def _near(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f": did you mean {', '.join(map(repr, near))}?" if near else ""

@@ -9,7 +9,7 @@ from torch import nn
 
 from blocks.errors import UserError
 from training.layers import AdaptiveConcatPool2d, LinBnDrop, SigmoidRange
-from training.models import model_builder, torchvision_model
+from training.models import image_model, model_builder
 
 Cut = int | Callable[[nn.Module], nn.Module]
 
@@ -20,10 +20,14 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def create_body(model: nn.Module, n_in: int = 3, cut: Cut | None = None) -> nn.Module:
     """`model` without its classifier, for pictures of `n_in` channels: (rows, n_in, h, w) -> (rows, features, h', w').
 
-    cut: how many of its children to keep, or a function of the model; None: all before the last pooling and classifier.
+    cut: how many of its children to keep, or a function of the model; None: all before the last pooling and classifier, as
+    timm's models know it themselves.
     """
     if n_in != 3:
         model = adapt_first_layer(model, n_in)
+    if cut is None and hasattr(model, "reset_classifier"):
+        model.reset_classifier(0, "")  # type: ignore[operator]
+        return model
     return cut_model(model, _before_classifier(model) if cut is None else cut)
 
 
@@ -56,22 +60,11 @@ def adapt_first_layer(model: nn.Module, n_in: int) -> nn.Module:
     One channel has the sum of the three; more have the mean of the three, scaled to the same size of output.
     """
     model = copy.deepcopy(model)
-    name, conv = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
-    new = nn.Conv2d(
-        n_in,
-        conv.out_channels,
-        conv.kernel_size,  # type: ignore[arg-type]
-        conv.stride,  # type: ignore[arg-type]
-        conv.padding,  # type: ignore[arg-type]
-        conv.dilation,  # type: ignore[arg-type]
-        bias=conv.bias is not None,
-    )
-    with torch.no_grad():
-        new.weight.copy_(conv.weight.sum(dim=1, keepdim=True).expand_as(new.weight) / n_in)
-        if conv.bias is not None and new.bias is not None:
-            new.bias.copy_(conv.bias)
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, new)
+    conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    # In place, because it may be a subclass that pads in a way of its own.
+    together = conv.weight.detach().sum(dim=1, keepdim=True) / n_in
+    conv.weight = nn.Parameter(together.repeat(1, n_in, 1, 1))
+    conv.in_channels = n_in
     return model
 
 
@@ -142,13 +135,41 @@ def vision_model(
     ps: float = 0.5,
     concat_pool: bool = True,
     y_range: Sequence[float] | None = None,
+    cut: int | None = None,
 ) -> nn.Module:
-    """A body of torchvision, by its name there, with random weights, and a head: (rows, n_in, h, w) -> (rows, n_out).
+    """A body of torchvision or timm, by its name there, with random weights, and a head: (rows, n_in, h, w) -> (rows, n_out).
 
-    Two children, body and head: `body_and_head` splits it so. fastai's create_vision_model.
+    Two children, body and head: `body_and_head` splits it so, `halves_and_head` in three. fastai's create_vision_model.
     """
-    body = create_body(torchvision_model(arch), n_in)
+    body = create_body(image_model(arch), n_in, cut)
     limits = None if y_range is None else (y_range[0], y_range[1])
     return nn.Sequential(
         body, create_head(num_features(body, n_in), n_out, lin_ftrs, ps, concat_pool=concat_pool, y_range=limits)
     )
+
+
+def halves_and_head(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Three groups of a model of body and head: the first and the second half of the body's stages, and the head.
+
+    A stage is a layer of the body, or of one of its sequences, that has a convolution, with what follows it up to the next.
+    """
+    body, *rest = model.children()
+    layers = _layers(body)
+    stages = [i for i, layer in enumerate(layers) if any(isinstance(m, _CONVS) for m in layer.modules())]
+    second = stages[(len(stages) + 1) // 2] if len(stages) > 1 else 0
+    first = {id(p) for layer in layers[:second] for p in layer.parameters()}
+    groups = [
+        [p for p in body.parameters() if id(p) in first],
+        [p for p in body.parameters() if id(p) not in first],
+        [p for part in rest for p in part.parameters()],
+    ]
+    return [group for group in groups if group]
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    # A body's layers, and those of its sequences, in order.
+    children = [child for child in module.children() if any(True for _ in child.parameters())]
+    if len(children) == 1 and any(True for _ in children[0].children()):
+        return _layers(children[0])
+    within = [list(c.children()) if isinstance(c, nn.Sequential | nn.ModuleList) else [c] for c in children]
+    return [layer for layers in within for layer in layers]
