@@ -1,5 +1,7 @@
 """Several ranks, by torch.distributed alone: who am I, sums over all ranks, BatchNorm over the rows of all."""
 
+import inspect
+import sys
 import weakref
 from typing import Any
 
@@ -23,6 +25,26 @@ def world() -> int:
 
 def _together() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def leave() -> None:
+    """Leave the process group when all ranks have come to this point; this process can then end. Every rank must call it."""
+    dist.barrier()
+    dist.destroy_process_group()
+    let_go_of_the_group()
+
+
+def let_go_of_the_group() -> None:
+    """Have torch's functions not hold the process group: gloo may abort a process that ends while something holds its group.
+
+    `torch.distributed.nn.functional` has the group as a default argument when it is imported, by torchmetrics for one, after
+    the group was made; when imported before, it has None, which means the same to it.
+    """
+    functions = inspect.getmembers(sys.modules.get("torch.distributed.nn.functional"), inspect.isfunction)
+    for _, function in functions:
+        defaults = function.__defaults__ or ()
+        if any(isinstance(value, dist.ProcessGroup) for value in defaults):
+            function.__defaults__ = tuple(None if isinstance(value, dist.ProcessGroup) else value for value in defaults)
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

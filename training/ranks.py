@@ -30,7 +30,7 @@ from training.callback import (
     CancelTrainException,
     CancelValidException,
 )
-from training.distributed import alone_again, begin_sum, borrow_rows, over_ranks, sum_over_ranks
+from training.distributed import alone_again, begin_sum, borrow_rows, let_go_of_the_group, over_ranks, sum_over_ranks
 
 # The weakest first.
 CANCELS: tuple[type[CancelException], ...] = (
@@ -95,6 +95,7 @@ class Ranks:
         self._hooks.clear()
         borrow_rows(False)
         alone_again(self.model)
+        let_go_of_the_group()
 
     def begin_batch(self, training: bool, borrowed: bool) -> None:
         """A batch was drawn. borrowed: its rows are another rank's, here only to stay in step."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import training.ranks
+from training import distributed
 from training.ranks import Ranks
 
 SHARES = [slice(0, 7), slice(7, 10)]
@@ -87,7 +88,7 @@ def be_a_rank(rank: int, folder: Path) -> None:
     torch.save(
         {"state": model.state_dict(), "heads": gradients(heads), "norm": [y, norm[0].running_var]}, folder / f"{rank}.pt"
     )
-    dist.destroy_process_group()
+    distributed.leave()
 
 
 @pytest.fixture(scope="module")

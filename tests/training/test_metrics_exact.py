@@ -21,6 +21,7 @@ from scipy import stats
 from sklearn import metrics as skm
 from torch import Tensor
 
+from training import distributed
 from training import metrics as ours
 from training.metrics import Metric, MetricFunction, as_metric, values_over_ranks
 
@@ -288,7 +289,7 @@ def be_a_rank(rank: int, folder: Path) -> None:
         for name in CASES:
             found.append([name, *values_over_ranks([accumulated(name, shares[rank])]).values()])
     torch.save(found, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    distributed.leave()
 
 
 def test_two_ranks_give_what_one_gives(tmp_path: Path) -> None:

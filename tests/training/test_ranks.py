@@ -33,6 +33,7 @@ from training import (
     Learner,
     accuracy,
     body_and_head,
+    distributed,
     gan,
     ranks,
 )
@@ -322,7 +323,7 @@ def be_a_rank(rank: int, folder: Path) -> None:
         if rank < world:
             dist.init_process_group("gloo", init_method=f"file://{folder / f'meeting{world}'}", rank=rank, world_size=world)
             torch.save(run_all(rank, world), folder / f"{rank}of{world}.pt")
-            dist.destroy_process_group()
+            distributed.leave()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from training import same_host
+from training import distributed, same_host
 from training.distributed import add_over_ranks
 
 LENGTHS = (1, 7, 1000, same_host.SLOT + 3)
@@ -36,7 +36,7 @@ def sum_on(rank: int, world: int, folder: str) -> None:
             found.append(x)
     torch.save(found, Path(folder, f"{rank}.pt"))
     assert not {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("fastray-")}
-    dist.destroy_process_group()
+    distributed.leave()
 
 
 @pytest.mark.skipif(not same_host.ORDERED, reason="sums go through gloo on this processor")
@@ -72,7 +72,7 @@ def without_shared_memory(rank: int, world: int, folder: str) -> None:
     x = torch.full((5,), float(rank + 1))
     add_over_ranks(x)
     assert torch.equal(x, torch.full((5,), 3.0))
-    dist.destroy_process_group()
+    distributed.leave()
 
 
 def test_one_rank_without_shared_memory_sends_all_through_gloo(tmp_path: Path) -> None:
