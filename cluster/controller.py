@@ -8,6 +8,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.result import Result
 
+from cluster.failures import raise_if_final
 from cluster.runtime import is_own
 from cluster.spool import append, append_epoch
 
@@ -32,6 +33,7 @@ class ToSpool(ray.train.UserCallback):
             self.told = self.restarts
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        raise_if_final(worker_exceptions)
         self.restarts += 1
 
 

@@ -13,6 +13,7 @@ from blocks.dataloaders import DataLoaders, dataloaders_of
 from blocks.fingerprint import NotFingerprintable
 from blocks.prepare import prepare
 from blocks.sources import TableSource
+from cluster.failures import as_bytes
 from cluster.runtime import start_ray
 
 if TYPE_CHECKING:
@@ -97,18 +98,3 @@ def map_on_ray(function: Callable[[Any], pa.Table], work: Sequence[Any]) -> Iter
             if row["error"] is not None:
                 raise ray.cloudpickle.loads(row["error"])
             yield pickle.loads(row["result"])  # noqa: S301  our own task's, of this run
-
-
-def as_bytes(error: Exception) -> bytes:
-    """An exception for `loads` in another process: itself, or a RuntimeError with its words where it cannot be made again."""
-    from ray import cloudpickle
-
-    try:
-        content = cloudpickle.dumps(error)
-        cloudpickle.loads(content)
-    except Exception:  # noqa: BLE001  whatever its own __init__ or __reduce__ raises
-        told = RuntimeError(f"{type(error).__name__}: {error}")
-        for note in getattr(error, "__notes__", ()):
-            told.add_note(note)
-        content = cloudpickle.dumps(told)
-    return content

@@ -14,6 +14,7 @@ import torch
 from blocks.errors import UserError
 from blocks.storage import filesystem, is_url, shown
 from cluster.checkpoints import Checkpoints, read_state
+from cluster.failures import as_final, bringing_home, cannot_travel
 from cluster.places import places
 from cluster.runs import Run, find_run, finish_run, new_run_folder, run_name, words_of, write_run
 from cluster.runtime import check_resources, start_ray, start_ray_meanwhile
@@ -126,15 +127,19 @@ class Workers:
             finish_run(folder)
         else:
             with tempfile.TemporaryDirectory(prefix="fastray-") as temporary:
-                InFolder(self, temporary).run(learn, schedule, lr, None)
+                InFolder(self, temporary, kept=False).run(learn, schedule, lr, None)
 
 
 @dataclass(frozen=True)
 class InFolder:
-    """These workers, for the run whose folder or URL this is: they go on from its newest checkpoint, where there is one."""
+    """These workers, for the run whose folder or URL this is: they go on from its newest checkpoint, where there is one.
+
+    kept: the folder outlasts the run.
+    """
 
     workers: Workers
     folder: str
+    kept: bool = True
 
     def run(self, learn: Learner, schedule: Schedule, lr: Rate, resume: str | None) -> None:
         """Train a copy of `learn` on the workers; afterwards `learn` looks as if it had trained here."""
@@ -154,6 +159,7 @@ class InFolder:
                 spool, run = Path(home, SPOOL), "run"
             if any(isinstance(c, Progress) for c in learn.callbacks):
                 stack.enter_context(_printed(spool, run, total_epochs(schedule)))
+            stack.enter_context(bringing_home(self.folder if self.kept else None))
             state = _trained_state(self.workers, _shipped(learn), schedule, lr, self.folder, spool, run)
         learn.load_state_dict(state)
 
@@ -180,6 +186,8 @@ def _shipped(learn: Learner) -> bytes:
         learn.remove_callback(callback)
     try:
         return cloudpickle.dumps(learn)
+    except Exception as error:
+        raise cannot_travel(learn, error) from error
     finally:
         for callback in at_home:
             learn.add_callback(callback)
@@ -190,7 +198,6 @@ def _trained_state(
 ) -> dict[str, Any]:
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.v2.api.exceptions import WorkerGroupError
 
     from cluster.controller import InterruptibleTrainer, ToSpool
 
@@ -214,15 +221,11 @@ def _trained_state(
             checkpoint_config=CheckpointConfig(num_to_keep=workers.keep),
         ),
     )
-    try:
-        result = trainer.fit()
-    except WorkerGroupError as error:
-        # Where one rank fails the others lose their peer: that is not the reason.
-        failures = sorted(error.worker_failures.items(), key=lambda rank: ("gloo" in str(rank[1]).lower(), rank[0]))
-        raise failures[0][1] from None
+    result = trainer.fit()
     return read_state(result.checkpoint, rank=0)
 
 
+@as_final()
 def _train_loop(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     import ray

@@ -42,7 +42,8 @@ def recipes() -> None:
 @cli.command()
 @click.argument("name", metavar="RECIPE")
 @click.argument("words", nargs=-1, metavar="[KEY=VALUE]...")
-def train(name: str, words: Sequence[str]) -> None:
+@click.option("--debug", is_flag=True, help="Train in this process, and open the debugger where an exception is raised.")
+def train(name: str, words: Sequence[str], debug: bool) -> None:
     """Train RECIPE. workers=N trains on N Ray Train workers, workers=0 in this process."""
     make, settings, runner = _read(name, words, RUNNER_WORDS["train"])
     recipe = make(**settings)
@@ -51,11 +52,21 @@ def train(name: str, words: Sequence[str]) -> None:
     from cluster.runtime import start_ray_meanwhile
     from pipelines.report import report_training
 
-    workers = Workers.asked(runner.get("workers"), default=2 if name == "digits" else None)
+    workers = Workers(0) if debug else Workers.asked(runner.get("workers"), default=2 if name == "digits" else None)
     if workers.number:
         start_ray_meanwhile()
-    with Elsewhere() as elsewhere:
-        report_training(train_recipe(recipe, workers, say=click.echo), elsewhere, say=click.echo)
+    try:
+        with Elsewhere() as elsewhere:
+            report_training(train_recipe(recipe, workers, say=click.echo), elsewhere, say=click.echo)
+    except Exception as error:
+        from training.failure import failure_of
+
+        if not debug or failure_of(error) is None:
+            raise
+        from pipelines.debug import open_debugger
+
+        open_debugger(error)
+        sys.exit(1)
 
 
 @cli.command()
@@ -100,8 +111,11 @@ def sweep(name: str, words: Sequence[str]) -> None:
 @click.argument("name", metavar="RECIPE")
 @click.argument("words", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--address", required=True, help="The cluster's dashboard, such as http://127.0.0.1:8265.")
-def submit(command: str, name: str, words: Sequence[str], address: str) -> None:
+@click.option("--debug", is_flag=True, hidden=True)
+def submit(command: str, name: str, words: Sequence[str], address: str, debug: bool) -> None:
     """Run `fastray COMMAND RECIPE ...` as a job of a Ray cluster; follow it and return its exit code."""
+    if debug:
+        raise UserError(f"a job has no terminal for a debugger: run `fastray {command} {name} ... --debug` here")
     _read(name, words, RUNNER_WORDS[command], spaces=command == "sweep")
     from cluster import submit_job
 

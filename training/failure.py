@@ -93,6 +93,14 @@ def say_where(learn: "Learner", error: Exception) -> None:
         error.failure = found  # type: ignore[attr-defined]
 
 
+def learner_of(error: BaseException) -> "Learner | None":
+    """The innermost Learner on the way of `error`, in the process in which it was raised; None where there was none."""
+    from training.learner import Learner
+
+    on_the_way = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((it for it in reversed(on_the_way) if isinstance(it, Learner)), None)
+
+
 def own_frame(error: BaseException) -> traceback.FrameSummary | None:
     """The innermost line of the person's own code on the way of `error`, or None."""
     own = [summary for summary in traceback.extract_tb(error.__traceback__) if is_own_file(summary.filename)]

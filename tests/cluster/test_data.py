@@ -13,7 +13,8 @@ import ray.data
 
 from blocks import CategoryBlock, ColReader, DataBlock, DataError, RandomSplitter, prepare
 from cluster import dataloaders
-from cluster.data import as_bytes, map_on_ray
+from cluster.data import map_on_ray
+from cluster.failures import as_bytes
 
 pytestmark = pytest.mark.usefixtures("ray_running")
 

@@ -1,15 +1,46 @@
 """What cannot be had, and what goes wrong on a worker, is said soon, once, and as itself."""
 
+import os
+import re
+import signal
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+import ray.cloudpickle
+import torch
+from torch import Tensor, nn
 
-from cluster import Workers, runtime
+from blocks import DataBlock
+from cluster import Workers, dataloaders, runtime
+from cluster.failures import ERRORS, WorkersLost
 from cluster.runtime import ResourceError
+from training import Callback, Learner, accuracy
+from training.failure import failure_of
 
 pytestmark = pytest.mark.usefixtures("ray_running")
+
+# As with a script of the user's: what this file defines travels by value, because workers cannot import it.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture
+def learner(digits_block: DataBlock, few_digits: Path) -> Callable[..., Learner]:
+    dls = dataloaders(digits_block, few_digits, batch_size=16)
+
+    def make(*callbacks: Callback, **changes: Any) -> Learner:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 3))
+        sgd = {"opt_func": lambda groups: torch.optim.SGD(groups, lr=0.1), "lr": 0.1, "metrics": accuracy}
+        return Learner(dls, model, callbacks=callbacks, **sgd | changes)
+
+    return make
+
 
 # --- too few resources -------------------------------------------------------------------------------------------------
 
@@ -57,3 +88,115 @@ def test_what_others_hold_is_waited_for_but_not_for_ever(
         f"no room for 2 workers within 1 s: {told}. Give 1 or fewer, or start more nodes, or wait until they are done"
     )
     assert capsys.readouterr().out == f"wait: {told}; at most 1 s for 2 workers\n"
+
+
+# --- a person's own exception ------------------------------------------------------------------------------------------
+
+
+class OutOfIdeas(Exception):
+    """An exception of the person's own."""
+
+
+class OfTwo(Exception):
+    """An exception that cannot be made again from its message alone, as pickle would."""
+
+    def __init__(self, one: str, two: str):
+        super().__init__(f"{one} and {two}")
+
+
+class Begins(Callback):
+    """Notes in a file that a rank has begun to train."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def before_fit(self, learn: Learner) -> None:
+        with self.file.open("a") as file:
+            file.write(f"{torch.distributed.get_rank()}\n")
+
+
+class FailsOnRankOne(Callback):
+    """What a person's callback does wrong, on rank 1 in the third epoch."""
+
+    def before_batch(self, learn: Learner) -> None:
+        if learn.training and (torch.distributed.get_rank(), learn.epoch, learn.iter) == (1, 2, 3):
+            raise OutOfIdeas("nothing comes to mind")
+
+
+def test_a_persons_exception_is_final_and_arrives_as_itself(learner: Callable[..., Learner], tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    learn = learner(Begins(begun), FailsOnRankOne())
+    before = [p.clone() for p in learn.model.parameters()]
+    with pytest.raises(OutOfIdeas, match="nothing comes to mind") as caught:
+        learn.fit(4, on=Workers(2, storage=str(tmp_path / "runs"), max_failures=3))
+    assert sorted(begun.read_text().split()) == ["0", "1"]  # never again, whatever the budget
+    where, lines, everything = caught.value.__notes__
+    line = FailsOnRankOne.before_batch.__code__.co_firstlineno + 2
+    rows = r"rows \d/\d{4}\.png, \d/\d{4}\.png, \d/\d{4}\.png and 5 more"
+    own = rf"{re.escape(__file__)}:{line} in before_batch"
+    assert re.fullmatch(rf"in FailsOnRankOne\.before_batch, epoch 2, batch 3, rank 1 of 2, {rows}; {own}", where)
+    found = failure_of(caught.value)
+    assert found is not None
+    assert (found.source, found.event, found.rank, len(found.rows)) == ("callback", "before_batch", 1, 8)
+    assert lines.splitlines()[0] == "on rank 1:"
+    assert f'File "{__file__}", line {line}, in before_batch' in lines
+    assert 'raise OutOfIdeas("nothing comes to mind")' in lines
+    assert "ray" not in lines
+    (run,) = (tmp_path / "runs").iterdir()
+    assert everything == f"everything that was said: {run / ERRORS}"
+    assert "learner.py" in (run / ERRORS).read_text()
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+    assert all(torch.equal(a, b) for a, b in zip(before, learn.model.parameters(), strict=True))
+
+
+def loss_of_two(pred: Tensor, targ: Tensor) -> Tensor:
+    raise OfTwo("this", "that")
+
+
+def test_an_exception_that_cannot_travel_arrives_with_its_words(learner: Callable[..., Learner]) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        learner(loss_func=loss_of_two).fit(1, on=Workers(2))
+    assert str(caught.value) == "OfTwo: this and that"
+    where, _, everything = caught.value.__notes__
+    assert re.match(r"in the loss, epoch 0, batch 0, rank [01] of 2, rows \d/", where)
+    file = Path(everything.removeprefix("everything that was said: "))
+    assert "in loss_of_two" in file.read_text()
+    file.unlink()
+
+
+class HoldsALock(Callback):
+    """What cannot be pickled."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+def test_what_cannot_be_sent_to_workers_is_named(learner: Callable[..., Learner]) -> None:
+    learn = learner(HoldsALock())
+    with pytest.raises(ValueError, match=r"^the callback HoldsALock cannot be sent to the workers: .*_thread\.lock"):
+        learn.fit(1, on=Workers(2))
+    lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"^the loss cannot be sent to the workers: .*_thread\.lock"):
+        learner(loss_func=lambda pred, targ: pred.mean() + lock.locked()).fit(1, on=Workers(2))
+    assert {c.name for c in learn.callbacks} >= {"Progress", "HoldsALock"}
+
+
+class KilledOnRankOne(Callback):
+    """The process of rank 1 ends, as one does that takes more memory than there is."""
+
+    def before_batch(self, learn: Learner) -> None:
+        if torch.distributed.get_rank() == 1 and learn.iter == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_processes_lost_beyond_the_budget(learner: Callable[..., Learner], tmp_path: Path) -> None:
+    """A lost peer is never the reason that is shown; each process begins once and once more."""
+    begun = tmp_path / "begun"
+    with pytest.raises(WorkersLost) as caught:
+        learner(Begins(begun), KilledOnRankOne()).fit(1, on=Workers(2, storage=str(tmp_path / "runs"), max_failures=1))
+    assert "rank 1: its process has ended: killed, perhaps for the memory it took, or crashed" in str(caught.value)
+    assert "PeerLost" not in str(caught.value)
+    assert sorted(begun.read_text().split()) == ["0", "0", "1", "1"]
+    (run,) = (tmp_path / "runs").iterdir()
+    assert caught.value.__notes__ == [f"everything that was said: {run / ERRORS}"]

@@ -13,7 +13,7 @@ from torch import nn
 from blocks import DataBlock, DataLoaders
 from blocks.errors import UserError
 from cluster import Workers, dataloaders
-from training import Callback, Learner, accuracy, flat, model_builder
+from training import Learner, accuracy, model_builder
 
 pytestmark = pytest.mark.usefixtures("ray_running")
 
@@ -57,20 +57,6 @@ def test_two_workers_are_as_one(learner: Callable[[], Learner], capsys: pytest.C
     assert there.validate()["valid/accuracy"] == pytest.approx(there.recorder.history[-1]["valid/accuracy"], abs=1e-12)
     assert there.epoch == 2
     assert there.opt.state_dict()["param_groups"][0]["lr"] == 0.1
-
-
-class FailsInTheSecondEpoch(Callback):
-    def before_train(self, learn: Learner) -> None:
-        if learn.epoch == 1:
-            raise RuntimeError("out of ideas")
-
-
-def test_an_error_on_a_worker_arrives_as_itself(learner: Callable[[], Learner]) -> None:
-    learn = learner()
-    learn.add_callback(FailsInTheSecondEpoch())
-    with pytest.raises(RuntimeError, match="out of ideas") as caught:
-        learn.fit(flat(3), on=Workers(2))
-    assert "FailsInTheSecondEpoch.before_train" in "".join(getattr(caught.value, "__notes__", [])) + str(caught.value)
 
 
 def test_workers_are_asked_for() -> None:
