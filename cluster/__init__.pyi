@@ -1,4 +1,5 @@
 from .data import dataloaders as dataloaders
+from .flush import flush_records as flush_records
 from .jobs import submit_job as submit_job
 from .models import load_model as load_model
 from .places import places as places

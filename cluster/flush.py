@@ -1,10 +1,12 @@
 """What was recorded and not sent: sent later, and runs whose process was killed are closed."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
+from blocks.errors import UserError
 from cluster.places import places, shown
 from cluster.sender import Sender
-from cluster.sent import Sent, left_behind
+from cluster.sent import Sent, left_behind, not_done
 from cluster.spool import SPOOL, append, read
 
 
@@ -37,6 +39,37 @@ def flush(folder: Path, tracking: str) -> Sender | None:
     finally:
         sender.end(nothing_open=True)
     return sender
+
+
+@dataclass(frozen=True)
+class Flushed:
+    """The folder of a run, and why not all of its records could be sent; None: they were."""
+
+    folder: Path
+    trouble: str | None
+
+
+def flush_records(run: str | None = None) -> list[Flushed]:
+    """Send what was recorded while the store was away: of `run`, a folder or its name, or of all runs of this place.
+
+    UserError when nothing was recorded in `run`, or it is still going on.
+    """
+    storage, tracking = Path(places().storage), places().tracking
+    if run is None:
+        return [_flushed(folder, tracking) for folder in not_done(storage)]
+    folder = Path(run) if Path(run).is_dir() else storage / run
+    sender = flush(folder, tracking)
+    if sender is None:
+        raise UserError(f"no records are kept in {folder}: give a run's folder, or its name in {storage}")
+    return [Flushed(folder, sender.trouble)]
+
+
+def _flushed(folder: Path, tracking: str) -> Flushed:
+    try:
+        sender = flush(folder, tracking)
+    except UserError as error:  # the others are to be sent all the same
+        return Flushed(folder, str(error))
+    return Flushed(folder, None if sender is None else sender.trouble)
 
 
 def close_left_behind(tracking: str) -> None:

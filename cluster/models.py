@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blocks.errors import UserError
 from cluster.places import places, shown
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def load_model(model: str) -> "Predictor":
-    """The predictor of `models:/m-...` in the store of `places()`, or of the folder of an export.
+    """The predictor of a model in the store of `places()`, or of the folder of an export.
 
-    UserError when there is no such model.
+    model: `models:/m-...`, `models:/NAME@ALIAS`, `models:/NAME/VERSION` or a folder. UserError when there is no such model.
     """
     from training.export import load_predictor
 
@@ -30,7 +30,8 @@ def _downloaded(uri: str) -> Path:
 
     tracking = places().tracking
     try:
-        logged = open_client(tracking).get_logged_model(uri.removeprefix("models:/"))
+        client = open_client(tracking)
+        logged = client.get_logged_model(_model_id(client, uri.removeprefix("models:/")))
         folder = download_artifacts(artifact_uri=logged.artifact_location, tracking_uri=tracking)
         data = Model.load(folder).flavors["python_function"]["data"]
     except (MlflowException, OSError, KeyError) as error:
@@ -42,3 +43,18 @@ def _downloaded(uri: str) -> Path:
     if not inside.is_relative_to(Path(folder).resolve()):
         raise UserError(f"the model {uri!r} points at {os.fspath(inside)!r}, outside its own folder")
     return inside
+
+
+def _model_id(client: Any, address: str) -> str:
+    # m-..., NAME@ALIAS or NAME/VERSION
+    name, at, alias = address.partition("@")
+    if at:
+        return _id_of(client.get_model_version_by_alias(name, alias))
+    name, slash, version = address.rpartition("/")
+    return _id_of(client.get_model_version(name, version)) if slash else address
+
+
+def _id_of(version: Any) -> str:
+    if not version.model_id:
+        raise KeyError(f"version {version.version} of {version.name} was not logged by fastray")
+    return str(version.model_id)

@@ -29,6 +29,11 @@ class Sender:
         self._heartbeat: Heartbeat | None = None
         self._beaten = 0.0
 
+    @property
+    def trouble(self) -> str | None:
+        """Why something was not sent."""
+        return self.refused or self.away
+
     def begin(self) -> None:
         """Take charge of the spool. UserError when another process has it."""
         if self._heartbeat is None:

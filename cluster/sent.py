@@ -78,7 +78,12 @@ class Heartbeat:
         self._lock.close()
 
 
+def not_done(storage: Path) -> list[Path]:
+    """Folders in `storage` with runs that are open, or not all sent."""
+    return [file.parent for file in sorted(storage.glob(f"*/{HEARTBEAT}"))]
+
+
 def left_behind(storage: Path) -> list[Path]:
-    """Folders in `storage` whose runs are open, or not all sent, and whose process has not been heard of for a while."""
+    """Those of them whose process has not been heard of for a while."""
     now = time.time()
-    return [f.parent for f in sorted(storage.glob(f"*/{HEARTBEAT}")) if now - f.stat().st_mtime > STALE_SECONDS]
+    return [f for f in not_done(storage) if now - (f / HEARTBEAT).stat().st_mtime > STALE_SECONDS]

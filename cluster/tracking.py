@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from cluster.environment import environment
 from cluster.flush import close_left_behind, open_runs
 from cluster.places import shown
 from cluster.sender import Sender
@@ -67,7 +68,7 @@ class Tracker:
     @property
     def trouble(self) -> str | None:
         """Why something was not sent."""
-        return self._sender.refused or self._sender.away
+        return self._sender.trouble
 
     def run_id(self, run: str) -> str | None:
         """MLflow's id of a run of the spool, once it was sent."""
@@ -120,4 +121,5 @@ def start_run(
 ) -> None:
     """Have a run recorded from now on, the same one where it was recorded before; `params` are written as text."""
     texts = {key: shown(as_words(value)) for key, value in params.items()}
-    append(spool, "start", run, name=name, params=texts, tags=tags or {}, parent=parent)
+    found = {} if parent else environment()
+    append(spool, "start", run, name=name, params=texts, tags=found | (tags or {}), parent=parent)

@@ -122,6 +122,7 @@ def record_data(spool: Path, run: str, folder: Path, dls: DataLoaders) -> None:
     found, source = dls.prepared, str(dls.prepared.index["source"])
     append(spool, "data", run, name=Path(source).name, source=source, digest=found.fingerprint, rows=found.rows)
     append(spool, "text", run, file="plan.txt", text=dls.plan_text)
+    append(spool, "tag", run, key="mlflow.note.content", value=f"The data, stage by stage:\n\n```\n{dls.plan_text}\n```")
     dls.show_batch().savefig(folder / BATCH_PICTURE)
     append(spool, "artifact", run, path=BATCH_PICTURE, folder="pictures")
 

@@ -160,6 +160,21 @@ def ui(port: int) -> None:
 
 
 @cli.group()
+def records() -> None:
+    """See to records that are still to be sent to MLflow."""
+
+
+@records.command("flush")
+@click.argument("run", required=False)
+def records_flush(run: str | None) -> None:
+    """Send what MLflow could not take: the records of RUN, a folder or its name, or of all runs; killed ones are closed."""
+    from cluster import flush_records
+    from pipelines.report import report_flushed
+
+    report_flushed(flush_records(run), say=click.echo)
+
+
+@cli.group()
 def cache() -> None:
     """See and clear the prepared data that are kept."""
 

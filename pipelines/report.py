@@ -12,6 +12,7 @@ from blocks.storage import shown
 if TYPE_CHECKING:
     from blocks.cache import Kept
     from cluster.elsewhere import Elsewhere
+    from cluster.flush import Flushed
     from cluster.sweep import Swept
     from cluster.train import Trained
     from training.export import Predictor
@@ -36,7 +37,7 @@ def report_training(trained: "Trained", elsewhere: "Elsewhere", say: Say) -> Non
     assert learn.dls.prepared is not None
     say(f"data     {learn.dls.prepared.where}")
     if trained.trouble:
-        say(f"records  not all sent to MLflow: {trained.trouble}. They are in {trained.folder}")
+        say(_not_sent(trained.trouble, trained.folder))
     say(f"loaded   in a fresh process: {trained.example}  {elsewhere.answer()}")
     say("next     fastray ui")
     say(f"         fastray predict {shlex.quote(model)} {shlex.quote(str(trained.example))}")
@@ -64,10 +65,25 @@ def report_sweep(swept: "Swept", name: str, say: Say) -> None:
     say(f"best     {best.describe()}: {swept.metric} {best.score:.4f}; {swept.seconds:.0f} s in all")
     say(f"run      {swept.run_id or 'not sent'}  in {shown(places().tracking)}, one child run a trial")
     if swept.trouble:
-        say(f"records  not all sent to MLflow: {swept.trouble}. They are in {swept.folder}")
+        say(_not_sent(swept.trouble, swept.folder))
     say("next     fastray ui")
     words = " ".join(shlex.quote(f"{key}={value}") for key, value in best.words().items())
     say(f"         fastray train {name} {words}")
+
+
+def _not_sent(trouble: str, folder: Path) -> str:
+    return f"records  not all sent to MLflow: {trouble}. They are kept: fastray records flush {shlex.quote(folder.name)}"
+
+
+def report_flushed(flushed: "Sequence[Flushed]", say: Say) -> None:
+    """What was sent, run by run. UserError when something still is not."""
+    for f in flushed:
+        say(f"{f.folder.name}  {'sent' if f.trouble is None else f'not all sent: {f.trouble}'}")
+    if not flushed:
+        say("all records were sent")
+    unsent = [f for f in flushed if f.trouble is not None]
+    if unsent:
+        raise UserError(f"the records of {len(unsent)} of {len(flushed)} runs were not all sent: they stay where they are")
 
 
 def report_kept(kept: "Sequence[Kept]", say: Say) -> None:

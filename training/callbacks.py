@@ -53,7 +53,9 @@ class ScheduledRates(Callback):
 
 
 class Recorder(Callback):
-    """One dict an epoch in `history`: `epoch`, `train/loss`, `valid/loss`, `valid/<metric>`, `hp/lr`, `time/...`.
+    """One dict an epoch in `history`: `epoch`, `train/loss`, `valid/loss`, `valid/<metric>`, `hp/...`, `time/...`.
+
+    hp/: rate, momentum and weight decay of the last parameter group. time/stall: seconds of waiting for data, of time/train.
 
     Losses and metrics are means over all rows of all ranks, reduced once at the end of each part. Step by step there are
     `losses` (of this rank's rows), `rates` and `momenta` (of the last parameter group); `epoch_ends` are the numbers of steps.
@@ -81,6 +83,7 @@ class Recorder(Callback):
     def before_train(self, learn: "Learner") -> None:
         self._restart(learn)
         self._train_began = time.perf_counter()
+        learn.stalled = 0.0
 
     def before_validate(self, learn: "Learner") -> None:
         self._restart(learn)
@@ -104,7 +107,7 @@ class Recorder(Callback):
             group = learn.opt.param_groups[-1]
             self._step_losses.append(learn.loss)
             self.rates.append(group["lr"])
-            self.momenta.append(group["betas"][0] if "betas" in group else group.get("mom", group.get("momentum", 0.0)))
+            self.momenta.append(_momentum(group))
         elif learn.rows and learn.metrics:  # without rows it is a borrowed one
             targets = tuple(map(as_plain, learn.yb))
             for metric in learn.metrics:
@@ -118,8 +121,14 @@ class Recorder(Callback):
         self._note("train/loss", total)
         seconds = time.perf_counter() - self._train_began
         self.values["time/train"] = seconds
+        self.values["time/stall"] = learn.stalled
         self.values[f"time/{self.unit}_per_second"] = float(total[2]) / seconds
-        self.values["hp/lr"] = learn.opt.param_groups[-1]["lr"]
+        group = learn.opt.param_groups[-1]
+        self.values |= {
+            "hp/lr": group["lr"],
+            "hp/momentum": _momentum(group),
+            "hp/wd": group.get("wd", group.get("weight_decay", 0.0)),
+        }
 
     def after_validate(self, learn: "Learner") -> None:
         self._note("valid/loss", self._reduced())
@@ -197,6 +206,10 @@ class Recorder(Callback):
         self._step_losses = []
         for name in _BY_STEP:
             setattr(self, name, list(state[name]))
+
+
+def _momentum(group: dict[str, Any]) -> float:
+    return group["betas"][0] if "betas" in group else group.get("mom", group.get("momentum", 0.0))
 
 
 _BY_STEP = ("losses", "rates", "momenta", "epoch_ends")

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import itertools
 import re
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -142,6 +143,7 @@ class Learner:
         self.position = Position()
         self.run_lr = lr
         self.epoch = self.iter = 0
+        self.stalled = 0.0  # seconds
         self.epochs_trained = 0  # over all fits: each epoch draws an order of its own
         self.epoch_generators: dict[str, Any] | None = None
         self._to_restore: dict[str, Any] | None = None
@@ -562,7 +564,7 @@ class Learner:
                 print(said, flush=True)
         drawn = 0
         try:
-            for self.iter, self.batch in enumerate(self._from_batch(start), start):
+            for self.iter, self.batch in enumerate(self._waited_for(self._from_batch(start)), start):
                 drawn += 1
                 self._split()
                 self._with_events(self._one_batch, "batch", CancelBatchException, self._batch_is_done)
@@ -576,6 +578,19 @@ class Learner:
             )
         if self._ranks is not None:
             self._ranks.agree()
+
+    def _waited_for(self, batches: Iterable[Any]) -> Iterator[Any]:
+        # Adds up in `stalled` the seconds that the loop waits for data.
+        drawn = iter(batches)
+        while True:
+            began = time.perf_counter()
+            try:
+                batch = next(drawn)
+            except StopIteration:
+                return
+            finally:
+                self.stalled += time.perf_counter() - began
+            yield batch
 
     def _from_batch(self, start: int) -> Iterable[Any]:
         if self.training and not hasattr(self.dl, "batches"):

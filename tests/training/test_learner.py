@@ -1,6 +1,7 @@
 """The Learner on toy data: the loop against plain PyTorch, phases and freezing, the record, results, state."""
 
 import io
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -439,12 +440,29 @@ def test_the_fields_of_the_history() -> None:
     assert [v["epoch"] for v in learn.recorder.history] == [0, 1, 2]
     for values in learn.recorder.history:
         assert set(values) == {
-            "epoch", "train/loss", "valid/loss", "valid/accuracy", "valid/error_rate", "hp/lr",
-            "time/epoch", "time/train", "time/rows_per_second",
+            "epoch", "train/loss", "valid/loss", "valid/accuracy", "valid/error_rate", "hp/lr", "hp/momentum", "hp/wd",
+            "time/epoch", "time/train", "time/stall", "time/rows_per_second",
         }  # fmt: skip
         assert all(type(v) in (int, float) for v in values.values())
     last_step = 8 / 9
     assert learn.recorder.history[-1]["hp/lr"] == pytest.approx(0.1 * one_cycle(3)[0].lr.at(last_step))
+
+
+class Slow(list[Any]):
+    """Batches that are waited for."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            time.sleep(0.02)
+            yield batch
+
+
+def test_the_time_of_waiting_for_data() -> None:
+    """Of an epoch's training batches: not of those before, and not of the validation."""
+    learn = learner(DataLoaders(Slow(batches((4, 4, 3))), Slow(batches((4,)))))
+    learn.fit(2)
+    for values in learn.recorder.history:
+        assert 0.06 <= values["time/stall"] <= values["time/train"]
 
 
 def test_a_line_an_epoch_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
