@@ -80,6 +80,7 @@ from .splits import MaskSplitter as MaskSplitter
 from .splits import RandomSplitter as RandomSplitter
 from .splits import RandomSubsetSplitter as RandomSubsetSplitter
 from .splits import Splitter as Splitter
+from .splits import TimeSplitter as TimeSplitter
 from .splits import TrainTestSplitter as TrainTestSplitter
 from .streams import Streams as Streams
 from .summaries import Moments as Moments

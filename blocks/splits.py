@@ -327,3 +327,30 @@ class ColSplitter(Splitter):
             raise DataError(f"the column {self.col!r} holds {column.type}, so on={self.on!r} is none of its values") from error
         chosen = pc.is_in(column, value_set=values)
         return np.asarray(chosen.to_numpy(zero_copy_only=False), np.uint8)
+
+
+@dataclass(frozen=True, repr=False)
+class TimeSplitter(Splitter):
+    """The latest share `valid_pct` of the rows, by the column `col`, validates: nothing is learned from what came later.
+
+    Rows of one time stay together, in the validation part where they reach into it. DataError for a row without a time.
+    """
+
+    col: str
+    valid_pct: float = 0.2
+
+    def __post_init__(self) -> None:
+        _check_share("valid_pct", self.valid_pct)
+
+    @property
+    def needs_all(self) -> bool:
+        return True
+
+    def parts(self, rows: Rows) -> np.ndarray:
+        times = rows.column(self.col)
+        if times.null_count:
+            raise DataError(f"the column {self.col!r}, which splits the rows by time, is empty in {times.null_count} of them")
+        if not len(times):
+            return np.zeros(0, np.uint8)
+        latest = pc.sort_indices(times, sort_keys=[("", "descending")])[max(0, int(self.valid_pct * len(times)) - 1)]
+        return pc.greater_equal(times, times[latest.as_py()]).to_numpy(zero_copy_only=False).astype(np.uint8)

@@ -1,3 +1,10 @@
+from .collab import collab_block as collab_block
+from .collab import collab_dataloaders as collab_dataloaders
+from .collab import collab_learner as collab_learner
+from .collab import item_bias as item_bias
+from .collab import nearest_items as nearest_items
+from .collab import ranking_metrics as ranking_metrics
+from .collab import recommend as recommend
 from .recipes import find_recipe as find_recipe
 from .recipes import recipe_names as recipe_names
 from .tabular import tabular_block as tabular_block

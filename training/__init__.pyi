@@ -12,6 +12,11 @@ from .callbacks import BatchTransforms as BatchTransforms
 from .callbacks import Progress as Progress
 from .callbacks import Recorder as Recorder
 from .callbacks import ScheduledRates as ScheduledRates
+from .collab import AgainstOthers as AgainstOthers
+from .collab import EmbeddingDotBias as EmbeddingDotBias
+from .collab import EmbeddingNN as EmbeddingNN
+from .collab import embedding_dot_bias as embedding_dot_bias
+from .collab import embedding_nn as embedding_nn
 from .collecting import CollectData as CollectData
 from .collecting import CSVLogger as CSVLogger
 from .collecting import FetchPredictions as FetchPredictions

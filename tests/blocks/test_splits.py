@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blocks import (
+    ColReader,
     ColSplitter,
+    DataBlock,
     DataError,
     EndSplitter,
     FileSplitter,
@@ -23,6 +25,8 @@ from blocks import (
     MaskSplitter,
     RandomSplitter,
     RandomSubsetSplitter,
+    RegressionBlock,
+    TimeSplitter,
     TrainTestSplitter,
     parent_label,
 )
@@ -240,3 +244,14 @@ def test_splitters_have_fingerprints() -> None:
 )
 def test_splitters_print_short(splitter: Splitter, text: str) -> None:
     assert repr(splitter) == text
+
+
+def test_the_latest_rows_validate() -> None:
+    rows = Rows(pa.array(range(6)), pa.table({"t": [3, 1, 5, 4, 2, 0], "day": ["b", "a", "c", "c", "c", "a"]}))
+    assert TimeSplitter("t", 0.34).parts(rows).tolist() == [0, 0, 1, 1, 0, 0]
+    assert TimeSplitter("day", 0.2).parts(rows).tolist() == [0, 0, 1, 1, 1, 0]  # one time is not torn apart
+    with pytest.raises(DataError, match="is empty in 1 of them"):
+        TimeSplitter("t").parts(Rows(pa.array(range(2)), pa.table({"t": [1, None]})))
+    frame = pa.table({"t": np.arange(100)[::-1], "x": np.arange(100.0)})
+    block = DataBlock(blocks=(RegressionBlock(),), get_x=ColReader("x"), splitter=TimeSplitter("t", 0.1))
+    assert block.dataloaders(frame, cache="off").valid.ids() == [str(i) for i in range(10)]  # type: ignore[union-attr]
