@@ -59,6 +59,14 @@ def place_of(cache: str) -> Place:
     return Place(home / "prepared", url and joined(url, "prepared"))
 
 
+def folder_here(folder: Path) -> Path:
+    """What stands on this machine for a folder of prepared data: itself, or on another machine's disk its namesake."""
+    if folder.is_dir():
+        return folder
+    home = memory_folder() if folder.is_relative_to(IN_MEMORY) else cache_folder()
+    return home / "prepared" / folder.name
+
+
 def memory_folder() -> Path:
     """This user's folder in memory. UserError when there is none that can be written."""
     if not os.access(IN_MEMORY, os.W_OK):
@@ -160,15 +168,19 @@ class Unfinished:
     where: str
     held: Hold
 
+    @property
+    def name(self) -> str:
+        """What the folder is called once it is finished."""
+        return self.fingerprint if self.lasting else self.folder.name
+
     def finish(self, index: dict[str, Any]) -> Path:
         """Keep what was written, described by `index`: the folder of this machine that now stands for it.
 
         The same data finished by another run in the meantime is as good, and stays.
         """
         index = {"format": FORMAT, "fingerprint": self.fingerprint, **index}
-        name = self.fingerprint if self.lasting else self.folder.name
         if self.place.url is not None:
-            home, run = joined(self.place.url, name), self.folder.name
+            home, run = joined(self.place.url, self.name), self.folder.name
             index["shards"] = [s | {"file": f"{run}/{s['file']}"} for s in index["shards"]]
             if self.lasting:
                 (self.folder / REMOTE).unlink()

@@ -6,7 +6,7 @@ Each shard becomes a shard of as many rows, so both stores are fed in the same o
 import fcntl
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -15,12 +15,13 @@ from typing import Any
 import pyarrow as pa
 
 from blocks.cache import Place, cache_url, discard, make_room, unfinished
+from blocks.errors import UserError
 from blocks.fit import MapWork
 from blocks.plan import Column, Encode, the_item
-from blocks.prepare import check_written_here, map_here
+from blocks.prepare import map_here
 from blocks.prepared import Prepared
 from blocks.shards import write_shard
-from blocks.storage import joined
+from blocks.storage import is_url, joined
 from blocks.transform import Pipeline
 
 
@@ -55,10 +56,20 @@ def _carry_out(prepared: Prepared, where: str, make: Callable[[pa.Table], pa.Tab
     numbers = range(len(prepared.index["shards"]))
     reports = [r for t in map_work(partial(_shard, prepared, make, where), numbers) for r in t.to_pylist()]
     shards = [json.loads(r["shard"]) for r in sorted(reports, key=lambda r: r["number"])]
-    check_written_here(where, shards)
+    _check_written_here(where, shards)
     of_rows = {name: prepared.index[name] for name in ("source", "shard_rows", "moved", "parts", "bad_rows")}
     seconds = round(time.perf_counter() - began, 3)
     return of_rows | {"columns": reports[0]["columns"], "shards": shards, "fitted": [], "seconds": seconds}
+
+
+def _check_written_here(where: str, shards: Sequence[dict[str, Any]]) -> None:
+    # Tasks on another node would write to that node's own disk.
+    away = [] if is_url(where) else [shard["file"] for shard in shards if not Path(where, shard["file"]).exists()]
+    if away:
+        raise UserError(
+            f"{len(away)} of {len(shards)} shards were written on other nodes, whose disks this one does not see: set "
+            "$FASTRAY_CACHE to a folder that all nodes share, or to a storage URL such as s3://bucket/path"
+        )
 
 
 def _shard(prepared: Prepared, make: Callable[[pa.Table], pa.Table], where: str, number: int) -> pa.Table:

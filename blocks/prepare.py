@@ -10,6 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,12 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from blocks.cache import INDEX, make_room, place_of, unfinished
+from blocks.cache import INDEX, Unfinished, folder_here, make_room, place_of, unfinished
 from blocks.encode import encode_rows
 from blocks.errors import DataError, UserError
 from blocks.fit import MapWork, fit, spread
 from blocks.plan import Encode, Plan, Work, empty_part
-from blocks.prepared import Prepared
+from blocks.prepared import Others, Prepared
 from blocks.rows import Rows
 from blocks.shards import SAME_SIZE, described_field, write_shard
 from blocks.storage import is_url, joined, put
@@ -37,16 +38,26 @@ def map_here(function: Callable[[Any], pa.Table], work: Sequence[Any]) -> Iterat
     return map(function, work)
 
 
-def prepare(plan: Plan, *, map_work: MapWork = map_here, max_bad_rows: int = 0, cache: str = "disk") -> Prepared:
+def prepare(
+    plan: Plan,
+    *,
+    map_work: MapWork = map_here,
+    max_bad_rows: int = 0,
+    cache: str = "disk",
+    others: Others | None = None,
+) -> Prepared:
     """Carry `plan` out, or find it carried out already by its fingerprint.
 
     cache: "disk" keeps the result below the cache folder or at its URL, "memory" in a tmpfs folder, "off" until this process
-    ends. DataError when more than `max_bad_rows` rows cannot be read (the first ones are named), when a class is only in the
+    ends. others: the machines besides this one on which `map_work` runs, each of which may write to a disk of its own.
+    DataError when more than `max_bad_rows` rows cannot be read (the first ones are named), when a class is only in the
     validation part, or when there is only one class.
     """
     if not isinstance(max_bad_rows, int) or max_bad_rows < 0:
         raise UserError(f"max_bad_rows is a whole number of rows, at least 0, not {max_bad_rows!r}")
     place = place_of(cache)
+    if place.url is not None:
+        others = None  # a URL means the same on all machines
     lasting = cache != "off" and plan.unkept is None
     if lasting:
         found = Prepared.open(
@@ -54,10 +65,10 @@ def prepare(plan: Plan, *, map_work: MapWork = map_here, max_bad_rows: int = 0, 
         )
         if found is not None:
             check_bad_rows(found.index["bad_rows"], max_bad_rows)
-            return _mended(found, plan, map_work)
+            return _mended(replace(found, others=others), plan, map_work)
     try:
         with unfinished(place, plan.fingerprint, lasting) as made:
-            folder = made.finish(_carry_out(plan, made.where, map_work, max_bad_rows))
+            folder = made.finish(_carry_out(plan, made, map_work, max_bad_rows))
             prepared = Prepared.open(folder, plan.encode_of, False, place.url and joined(place.url, folder.name))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -67,24 +78,26 @@ def prepare(plan: Plan, *, map_work: MapWork = map_here, max_bad_rows: int = 0, 
         ) from error
     assert prepared is not None
     make_room(place.home)
-    return prepared
+    if others is None:
+        return prepared
+    return _mended(replace(prepared, others=others), plan, map_work)  # a machine may be gone, and what it had written
 
 
-def _carry_out(plan: Plan, where: str, map_work: MapWork, max_bad_rows: int) -> dict[str, Any]:
-    # The shards are written to `where`; returns the index that describes them.
+def _carry_out(plan: Plan, made: Unfinished, map_work: MapWork, max_bad_rows: int) -> dict[str, Any]:
+    # Returns the index that describes the shards.
     began = time.perf_counter()
     fitted, moved = fit(plan, map_work)
     encode = plan.encode_with(fitted)
     shard_rows = _rows_per_shard(plan, encode)
     work = plan.work(shard_rows, moved)
-    reports = [r for t in map_work(partial(encode_to_shards, encode, where, shard_rows), work) for r in t.to_pylist()]
+    to_shards = partial(encode_to_shards, encode, made.where, made.name, shard_rows)
+    reports = [report for table in map_work(to_shards, work) for report in table.to_pylist()]
     reports.sort(key=lambda report: report["file"])
     bad_rows = [bad for report in reports for bad in json.loads(report.pop("bad_rows"))]
     check_bad_rows(bad_rows, max_bad_rows)
     shards = [report for report in reports if report["rows"]]
     if not shards:
         raise DataError(f"none of the {plan.source.rows} rows could be read")
-    check_written_here(where, shards)
     parts = {name: sum(report[name] for report in reports) for name in ("train", "valid")}
     for name, part in (("training", parts["train"]), ("validation", parts["valid"])):
         if not part:
@@ -108,16 +121,6 @@ def _carry_out(plan: Plan, where: str, map_work: MapWork, max_bad_rows: int) -> 
     }
 
 
-def check_written_here(where: str, shards: Sequence[dict[str, Any]]) -> None:
-    """UserError when tasks on another node wrote to that node's own disk."""
-    away = [] if is_url(where) else [shard["file"] for shard in shards if not Path(where, shard["file"]).exists()]
-    if away:
-        raise UserError(
-            f"{len(away)} of {len(shards)} shards were written on other nodes, whose disks this one does not see: set "
-            "$FASTRAY_CACHE to a folder that all nodes share, or to a storage URL such as s3://bucket/path"
-        )
-
-
 def _mended(found: Prepared, plan: Plan, map_work: MapWork) -> Prepared:
     # Shards that are missing or damaged are made again from the rows they came from, and that is said.
     damaged = found.damaged()
@@ -131,14 +134,7 @@ def _mended(found: Prepared, plan: Plan, map_work: MapWork) -> Prepared:
         f"again: {listed}",
         stacklevel=3,
     )
-    positions = [int(PurePosixPath(name).stem) for name in names]
-    rows = found.index["shard_rows"]
-    pieces = plan.work(rows, frozenset(found.index["moved"]))
-    work = [w for w in pieces if any(w.piece.first <= p < w.piece.first + w.piece.rows for p in positions)]
-    run = PurePosixPath(shards[0]["file"]).parent.name  # below the URL; in a folder there is none
-    where = joined(found.url, run) if found.url else str(found.folder)
-    again = partial(encode_to_shards, found.encode, where, rows)
-    made = {r["file"]: r for table in map_work(again, work) for r in table.to_pylist()}
+    made = made_again(found, plan, damaged, map_work)
     for i, name in zip(damaged, names, strict=True):
         if made[name]["rows"] != shards[i]["rows"]:
             raise DataError(
@@ -147,9 +143,22 @@ def _mended(found: Prepared, plan: Plan, map_work: MapWork) -> Prepared:
             )
         shards[i] |= {key: made[name][key] for key in ("bytes", "crc32")}
     put(found.url or found.folder, INDEX, json.dumps(found.index | {"shards": shards}, indent=1).encode())
-    mended = Prepared.open(found.folder, plan.encode_of, True, found.url)
+    mended = Prepared.open(found.folder, plan.encode_of, found.reused, found.url)
     assert mended is not None
-    return mended
+    return replace(mended, others=found.others)
+
+
+def made_again(prepared: Prepared, plan: Plan, numbers: Sequence[int], map_work: MapWork = map_here) -> dict[str, Any]:
+    """Write some shards again, from the rows they came from; returns what is in each, by the name of its file."""
+    names = [PurePosixPath(prepared.index["shards"][number]["file"]) for number in numbers]
+    rows = prepared.index["shard_rows"]
+    pieces = plan.work(rows, frozenset(prepared.index["moved"]))
+    positions = [int(name.stem) for name in names]
+    work = [w for w in pieces if any(w.piece.first <= p < w.piece.first + w.piece.rows for p in positions)]
+    # Below a URL there is a folder of the run that wrote them.
+    where = joined(prepared.url, names[0].parent.name) if prepared.url else str(prepared.folder)
+    again = partial(encode_to_shards, prepared.encode, where, prepared.folder.name, rows)
+    return {report["file"]: report for table in map_work(again, work) for report in table.to_pylist()}
 
 
 def check_bad_rows(bad_rows: Sequence[dict[str, str]], most: int) -> None:
@@ -167,8 +176,15 @@ def check_bad_rows(bad_rows: Sequence[dict[str, str]], most: int) -> None:
 # --- encoding ----------------------------------------------------------------------------------------------------------
 
 
-def encode_to_shards(encode: Encode, where: str, most: int, work: Work) -> pa.Table:
-    """Encode the rows of one piece and write a shard for each `most` of them; returns a row a shard that says what is in it."""
+def encode_to_shards(encode: Encode, where: str, name: str, most: int, work: Work) -> pa.Table:
+    """Encode the rows of one piece and write a shard for each `most` of them; returns a row a shard that says what is in it.
+
+    where: a URL or a folder. On a machine whose disk has no such folder they are written to its own one called `name`.
+    """
+    if not is_url(where) and not Path(where).is_dir():
+        folder = folder_here(Path(where).with_name(name))
+        folder.mkdir(parents=True, exist_ok=True)
+        where = str(folder)
     reports = [_written(encode, where, rows, parts) for rows, parts in work.blocks(most)]
     return pa.Table.from_pylist(reports, REPORT)
 

@@ -1,10 +1,11 @@
 """`Prepared`: a plan carried out, as any process on any node opens it.
 
-Shards lie in a folder of this machine, or at a URL, from where each node fetches each shard once. A process checks a shard
-against its checksum when it first maps it.
+Shards lie in a folder of this machine, at a URL, or on the disks of the nodes that wrote them; from there each node fetches
+each shard once. A process checks a shard against its checksum when it first maps it.
 """
 
 import fcntl
+import json
 import os
 import zlib
 from collections.abc import Callable
@@ -12,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 
-from blocks.cache import Hold, cache_folder, hold, kept_index, make_room
+from blocks.cache import INDEX, Hold, folder_here, hold, kept_index, make_room
 from blocks.errors import DataError
 from blocks.plan import Encode
 from blocks.shards import map_shard
@@ -25,11 +26,23 @@ from blocks.storage import delete, get, put, shown, sizes
 _CHECKED: set[tuple[str, int, int]] = set()  # the files that this process found intact: path, size, time
 
 
+class Others(Protocol):
+    """The other machines of a cluster, on whose disks shards may lie."""
+
+    def held(self, prepared: "Prepared") -> set[str]:
+        """The files of those shards that another machine has."""
+        ...
+
+    def bring(self, prepared: "Prepared", number: int) -> None:
+        """Write the file of a shard into this machine's folder: another one's copy, or made again where nobody has one."""
+        ...
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Shards, and an index that says what is in them.
 
-    folder: of this machine: the shards, or its copies of those at `url`.
+    folder: of this machine: the shards, or its copies of those at `url` or of `others`.
     encode: the item side, with what its transforms learned from the data.
     reused: found under its fingerprint, nothing was decoded.
     """
@@ -39,6 +52,7 @@ class Prepared:
     encode: Encode
     reused: bool
     url: str | None = None
+    others: Others | None = None
 
     @classmethod
     def open(
@@ -92,8 +106,8 @@ class Prepared:
         self._held  # noqa: B018  from the first shard on, this process uses the folder
         shard = self.index["shards"][number]
         path = self._path(shard)
-        if self.url is not None and not intact(path, shard):
-            self._fetch(shard)
+        if (self.url is not None or self.others is not None) and not intact(path, shard):
+            self._fetch(number)
         if not intact(path, shard):
             path.unlink(missing_ok=True)
             raise DataError(f"the shard {path} is damaged or missing: run the command again, and it is made again")
@@ -109,14 +123,19 @@ class Prepared:
             self._path(self.index["shards"][number]).unlink(missing_ok=True)
 
     def damaged(self) -> list[int]:
-        """The numbers of the shards that are missing or not what was written; at a URL, of those with another size."""
+        """The numbers of the shards that are missing or not what was written; at a URL, of those with another size.
+
+        What is not as it should be here, but held by another machine, is not among them.
+        """
         shards = self.index["shards"]
         if self.url is not None:
             found = sizes(self.url, [shard["file"] for shard in shards])
             return [i for i, (shard, size) in enumerate(zip(shards, found, strict=True)) if size != shard["bytes"]]
         with ThreadPoolExecutor(4) as pool:  # the checksum leaves Python's lock
             found_intact = pool.map(lambda shard: intact(self._path(shard), shard), shards)
-            return [i for i, fine in enumerate(found_intact) if not fine]
+            bad = [i for i, fine in enumerate(found_intact) if not fine]
+        held = self.others.held(self) if bad and self.others is not None else set()
+        return [i for i in bad if shards[i]["file"] not in held]
 
     def described(self) -> str:
         """Rows, bytes, shards and bad rows in one line."""
@@ -126,13 +145,16 @@ class Prepared:
     def _path(self, shard: dict[str, Any]) -> Path:
         return self.folder / shard["file"]
 
-    def _fetch(self, shard: dict[str, Any]) -> None:
+    def _fetch(self, number: int) -> None:
+        shard = self.index["shards"][number]
         path = self._path(shard)
         path.parent.mkdir(exist_ok=True)
         lock = path.with_suffix(".lock")
         with open(lock, "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # another process of this machine may be fetching it
-            if not intact(path, shard):
+            if not intact(path, shard) and self.others is not None:
+                self.others.bring(self, number)
+            elif not intact(path, shard):
                 put(path.parent, path.name, self._intact_content(shard))
             lock.unlink(missing_ok=True)  # who waited for it finds the shard
 
@@ -155,14 +177,15 @@ class Prepared:
         return held
 
     def __getstate__(self) -> dict[str, Any]:
-        # Another process takes its own hold, and another node has a folder of its own for what is kept at a URL.
+        # Another process takes its own hold, and another node has a folder of its own.
         return {k: v for k, v in self.__dict__.items() if k != "_held"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self.url is not None and not self.folder.is_dir():
-            self.__dict__["folder"] = cache_folder() / "prepared" / self.folder.name
+        if (self.url is not None or self.others is not None) and not self.folder.is_dir():
+            self.__dict__["folder"] = folder_here(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
+            put(self.folder, INDEX, json.dumps(self.index, indent=1).encode())  # so that this node, too, is asked for them
 
 
 def memory() -> int:

@@ -15,6 +15,7 @@ from blocks.prepare import prepare
 from blocks.sources import TableSource
 from cluster.failures import as_bytes
 from cluster.runtime import start_ray
+from cluster.shards import find_elsewhere, nodes_for, tell_elsewhere
 
 if TYPE_CHECKING:
     from blocks.datablock import DataBlock
@@ -29,7 +30,9 @@ def dataloaders(
     words about each, so neither this process nor Ray's object store holds the data.
     """
     plan = block.plan(dataset_source(source) if type(source).__module__.startswith("ray.data") else source)
-    prepared = prepare(plan, map_work=map_on_ray, max_bad_rows=max_bad_rows, cache=cache)
+    find_elsewhere(plan, cache)
+    prepared = prepare(plan, map_work=map_on_ray, max_bad_rows=max_bad_rows, cache=cache, others=nodes_for(plan))
+    tell_elsewhere(prepared)
     return dataloaders_of(plan, prepared, batch_size=batch_size, seed=seed)
 
 

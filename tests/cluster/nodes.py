@@ -1,0 +1,196 @@
+"""Real Ray nodes for tests: `ray start` in namespaces, so that each has a disk of its own and, where asked, a network.
+
+    with Nodes(tmp_path, cpus=[1, 1]) as nodes:
+        nodes.run(function, argument)    # as the driver, on the first node; returns what the function returns, by JSON
+        nodes.kill(1)
+        nodes.start(1)
+
+Functions are run and pickled by their names, which driver and workers import from the test's file.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+import pytest
+
+ROOT = str(Path(__file__).parents[2])
+PATIENCE = 120.0  # seconds for a node to be there, of which a quiet machine needs a few
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
+
+
+def permitted(*command: str) -> bool:
+    """Whether a command that needs rights, or a tool, works here."""
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+def need_own_disks() -> None:
+    """Skip the test where this process may not give a node a disk of its own."""
+    if not permitted("unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"):
+        pytest.skip("needs the right to make mount namespaces (unshare --mount), which this machine does not give")
+
+
+class Nodes:
+    """A cluster of `len(cpus)` nodes; the first is the head, on which drivers run.
+
+    All see one file system but for the cache folder, in whose place each finds a folder of its own: `disk(number)`.
+    """
+
+    def __init__(self, folder: Path, cpus: Sequence[int], environment: dict[str, str] | None = None):
+        self.folder, self.cpus = folder, list(cpus)
+        self.cache = folder / "cache"
+        self.cache.mkdir()
+        self.port = free_port()
+        self.temporary = tempfile.mkdtemp(prefix="fr")  # short: sockets have names in it
+        (folder / "token").write_text(secrets.token_hex(16))
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "FASTRAY_CACHE": str(self.cache),
+            "RAY_ADDRESS": self.address(0),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+            **(environment or {}),
+        }
+        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+
+    # What differs where each node has a network of its own.
+
+    def address(self, number: int) -> str:
+        import ray
+
+        return f"{ray.util.get_node_ip_address()}:{self.port}"
+
+    def into(self, number: int) -> list[str]:
+        """The beginning of the command that starts a node in its namespaces."""
+        return ["unshare", "--mount"]
+
+    def __enter__(self) -> Self:
+        try:
+            self.start(0)
+            self.start(*range(1, len(self.cpus)))
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def disk(self, number: int) -> Path:
+        """What node `number` has in the place of the cache folder."""
+        disk = self.folder / f"disk{number}"
+        disk.mkdir(exist_ok=True)
+        return disk
+
+    def start(self, *numbers: int) -> None:
+        """Start nodes, and wait until they have joined."""
+        for number in numbers:
+            self._start(number)
+        for output in map(self.output, numbers):
+            self.wait(partial(_has_started, output), f"the node of {output.name} has started")
+
+    def output(self, number: int) -> Path:
+        """The file with what node `number` has printed."""
+        return self.folder / f"node{number}.log"
+
+    def _start(self, number: int) -> None:
+        ip = self.address(number).partition(":")[0]
+        role = [f"--address={self.address(0)}"]
+        if number == 0:
+            role = ["--head", f"--port={self.port}", "--include-dashboard=false", f"--temp-dir={self.temporary}"]
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", *role, f"--node-ip-address={ip}"]
+        ray += [f"--num-cpus={self.cpus[number]}", f'--resources={{"node{number}": 100}}', "--object-store-memory=100000000"]
+        ray += ["--min-worker-port=0", "--max-worker-port=0"]  # any port: the nodes may share a network
+        ray += ["--disable-usage-stats", "--block"]
+        mounted = f'mount --bind "{self.disk(number)}" "{self.cache}" && exec "$@"'
+        with open(self.output(number), "wb") as log:
+            self.processes[number] = subprocess.Popen(
+                [*self.into(number), "sh", "-c", mounted, "sh", *ray],
+                stdout=log,
+                stderr=log,
+                env={k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"},
+                start_new_session=True,
+            )
+
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait until `condition`, and fail with the nodes' output if it does not come."""
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            if condition():
+                return
+            time.sleep(0.2)
+        logs = "\n".join(log.read_text() for log in sorted(self.folder.glob("*.log")))
+        raise AssertionError(f"in vain waited until {what}:\n{logs}")
+
+    def driver(self, function: Callable[..., Any], *args: Any) -> "subprocess.Popen[str]":
+        """Begin to run a function of a test's file as a driver on the head."""
+        code = (
+            "import importlib, json, sys; name, function, args = json.loads(sys.argv[1]); "
+            "print('\\n' + json.dumps(getattr(importlib.import_module(name), function)(*args)))"
+        )
+        given = json.dumps([function.__module__, function.__name__, args])
+        inside = ["nsenter", f"--target={self.processes[0].pid}", "--mount", "--net", f"--wd={self.folder}"]
+        return subprocess.Popen(
+            [*inside, sys.executable, "-W", "ignore", "-c", code, given],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self.environment,
+        )
+
+    def result(self, driver: "subprocess.Popen[str]", seconds: float = 240) -> Any:
+        """What the function of a driver returns."""
+        try:
+            out, errors = driver.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            driver.kill()
+            out, errors = driver.communicate()
+            raise AssertionError(f"the driver did not end:\n{out}\n{errors}") from None
+        assert driver.returncode == 0, f"{out}\n{errors}"
+        return json.loads(out.splitlines()[-1])
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run a function of a test's file as a driver on the head; its arguments and its result travel as JSON."""
+        return self.result(self.driver(function, *args))
+
+    def kill(self, number: int) -> None:
+        """End a node as a power cut would: all its processes, at once."""
+        process = self.processes.pop(number)
+        theirs = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for one in theirs:
+            one.send_signal(signal.SIGKILL)
+        process.wait()
+        psutil.wait_procs(theirs, timeout=10)
+
+    def stop(self) -> None:
+        """End all nodes, the head last."""
+        for number in sorted(self.processes, reverse=True):
+            self.kill(number)
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+def _has_started(output: Path) -> bool:
+    return "Ray runtime started" in output.read_text()
