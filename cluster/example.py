@@ -50,6 +50,11 @@ def write_example(dls: "DataLoaders", folder: Path) -> Path:
     return file
 
 
+def example_in(folder: Path) -> Path:
+    """What `write_example` wrote there."""
+    return next(folder.glob("example.*"))
+
+
 def read_items(file: Path, inputs: Mapping[str, bool]) -> "pd.DataFrame":
     """A table of items, a row each: from a JSON, CSV or Parquet file, or of one picture. UserError when it lacks a column.
 

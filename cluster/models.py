@@ -30,9 +30,8 @@ def _downloaded(uri: str) -> Path:
 
     tracking = places().tracking
     try:
-        client = open_client(tracking)
-        logged = client.get_logged_model(_model_id(client, uri.removeprefix("models:/")))
-        folder = download_artifacts(artifact_uri=logged.artifact_location, tracking_uri=tracking)
+        place = _place(open_client(tracking), uri.removeprefix("models:/"))
+        folder = download_artifacts(artifact_uri=place, tracking_uri=tracking)
         data = Model.load(folder).flavors["python_function"]["data"]
     except (MlflowException, OSError, KeyError) as error:
         raise UserError(
@@ -45,16 +44,13 @@ def _downloaded(uri: str) -> Path:
     return inside
 
 
-def _model_id(client: Any, address: str) -> str:
-    # m-..., NAME@ALIAS or NAME/VERSION
+def _place(client: Any, address: str) -> str:
+    # Of m-..., NAME@ALIAS or NAME/VERSION.
     name, at, alias = address.partition("@")
     if at:
-        return _id_of(client.get_model_version_by_alias(name, alias))
+        found = client.get_model_version_by_alias(name, alias)
+        return str(client.get_model_version_download_uri(name, found.version))
     name, slash, version = address.rpartition("/")
-    return _id_of(client.get_model_version(name, version)) if slash else address
-
-
-def _id_of(version: Any) -> str:
-    if not version.model_id:
-        raise KeyError(f"version {version.version} of {version.name} was not logged by fastray")
-    return str(version.model_id)
+    if slash:
+        return str(client.get_model_version_download_uri(name, version))
+    return str(client.get_logged_model(address).artifact_location)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from blocks.errors import UserError
 from cluster.example import read_items
 from cluster.sent import SentRun
 
@@ -27,7 +26,7 @@ def log_model(client: Any, experiment: str, run: SentRun, record: Mapping[str, A
         _log_output(client, run)
         client.finalize_logged_model(logged.model_id, "READY")
     if record.get("register"):
-        _register(client, run, record["register"], record.get("alias", ""))
+        _register(client, run, logged.artifact_location, record["register"], record.get("alias", ""))
 
 
 def _save(to: Path, logged: Any, run: SentRun, record: Mapping[str, Any], folder: Path) -> None:
@@ -55,7 +54,7 @@ def _log_output(client: Any, run: SentRun) -> None:
     client.log_outputs(run.id, [LoggedModelOutput(run.model, step=max(run.mark, 0))])
 
 
-def _register(client: Any, run: SentRun, name: str, alias: str) -> None:
+def _register(client: Any, run: SentRun, where: str, name: str, alias: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -63,23 +62,9 @@ def _register(client: Any, run: SentRun, name: str, alias: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    there = [v for v in client.search_model_versions(f"name = '{name}'") if v.model_id == run.model]
-    version = there[0] if there else client.create_model_version(name, f"models:/{run.model}", run.id, model_id=run.model)
+    there = [v for v in client.search_model_versions(f"name = '{name}'") if v.run_id == run.id and v.source == where]
+    # By its place: an address such as models:/m-... is looked up in the process's one tracking store, whatever the client's is.
+    version = there[0] if there else client.create_model_version(name, where, run.id, model_id=run.model)
+    run.version = f"{name}/{version.version}"
     if alias:
         client.set_registered_model_alias(name, alias, version.version)
-
-
-def check_names(register: str, alias: str) -> None:
-    """UserError when MLflow would not register a model under this name and alias, or an alias is given alone."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.utils.validation import _validate_model_alias_name, _validate_model_name  # MLflow's own rules, said early
-
-    if alias and not register:
-        raise UserError(f"alias={alias} is a name for a version of a registered model: say register=NAME as well")
-    try:
-        if register:
-            _validate_model_name(register)
-        if alias:
-            _validate_model_alias_name(alias)
-    except MlflowException as error:
-        raise UserError(f"register={register} alias={alias}: {error}") from error

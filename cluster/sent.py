@@ -16,11 +16,15 @@ STALE_SECONDS = 30.0  # several heartbeats: another machine of a shared disk see
 
 @dataclass
 class SentRun:
-    """One run of a spool. id: MLflow's, "" while it is being made. mark: its highest step. model: MLflow's id of its model."""
+    """One run of a spool. id: MLflow's, "" while it is being made. mark: its highest step.
+
+    model: MLflow's id of its model. version: NAME/NUMBER, where that is registered.
+    """
 
     id: str = ""
     mark: int = -1
     model: str = ""
+    version: str = ""
 
 
 @dataclass

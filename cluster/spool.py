@@ -8,6 +8,7 @@ Kinds of records, in the order a run writes them:
     start     name, params, tags, parent      a run begins, or goes on (parent: the spool's name of a sweep's run)
     data      name, source, digest, rows      the data set it trains on
     metrics   step, values                    one epoch
+    system    step, values                    how busy the machine is, see `cluster.system_metrics`
     tag       key, value                      something to find it by, or where a checkpoint is; a later value replaces it
     text      file, text                      a small text artifact
     artifact  path, folder                    a file to upload

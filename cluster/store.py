@@ -24,7 +24,7 @@ PARAMS_A_CALL, METRICS_A_CALL = 100, 1000  # MLflow's limits
 LONGEST_PARAM, LONGEST_TAG = 6000, 5000
 ANSWER_SECONDS = 5.0
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
-BATCHED = {"metrics", "tag"}  # sent together, in one request
+BATCHED = {"metrics", "system", "tag"}  # sent together, in one request
 
 
 class StoreError(UserError):
@@ -70,7 +70,7 @@ class Store:
         match record["kind"]:
             case "start":
                 self._start(record)
-            case "metrics" | "tag":
+            case "metrics" | "system" | "tag":
                 self._batch(record["run"], records)
             case "data":
                 self._data(record)
@@ -123,13 +123,16 @@ class Store:
         for record in records:
             if record["kind"] == "tag":
                 tags[record["key"]] = RunTag(record["key"], str(record["value"])[:LONGEST_TAG])
-            elif record["step"] > mark:  # else it was sent before a restart
+                continue
+            if record["kind"] == "metrics":
+                if record["step"] <= mark:
+                    continue  # it was sent before a restart
                 mark = record["step"]
-                metrics += [
-                    Metric(_name(key), float(value), record["time"], mark)
-                    for key, value in record["values"].items()
-                    if key != "epoch"
-                ]
+            metrics += [
+                Metric(_name(key), float(value), record["time"], record["step"])
+                for key, value in record["values"].items()
+                if key != "epoch"
+            ]
         first = metrics[:METRICS_A_CALL]
         if first or tags:
             self.client.log_batch(known.id, metrics=first, tags=list(tags.values()))

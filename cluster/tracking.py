@@ -17,6 +17,7 @@ from cluster.places import shown
 from cluster.sender import Sender
 from cluster.spool import POLL_SECONDS, append
 from cluster.store import StoreError, first_line, unusable
+from cluster.system_metrics import SystemMetrics
 from training.schedule import as_words
 
 AWAY_SECONDS = 15.0  # before a store that is away is asked again
@@ -29,10 +30,12 @@ class Tracker:
 
     A spool that was sent in part, by a process that was stopped or killed, goes on where it stood: its runs are adopted.
     A store that cannot be used is a StoreError of `opened()`; one that fails later costs the training nothing, and `trouble`
-    says what is still unsent. UserError when another process follows this spool.
+    says what is still unsent. UserError when another process follows this spool. system_metrics_of: the run of the spool that
+    has them recorded.
     """
 
-    def __init__(self, spool: Path, tracking: str, experiment: str):
+    def __init__(self, spool: Path, tracking: str, experiment: str, system_metrics_of: str = ""):
+        self._busy_run = system_metrics_of
         self._sender = Sender(spool, tracking, experiment)
         if spool.exists():
             self._sender.begin()
@@ -75,6 +78,11 @@ class Tracker:
         known = self._sender.sent.runs.get(run)
         return (known.id or None) if known else None
 
+    def registered(self, run: str) -> str | None:
+        """The address of a run's model in the registry, once it was sent there."""
+        known = self._sender.sent.runs.get(run)
+        return f"models:/{known.version}" if known and known.version else None
+
     def model_uri(self, run: str) -> str | None:
         """The address of a run's model, once it was sent."""
         known = self._sender.sent.runs.get(run)
@@ -103,12 +111,15 @@ class Tracker:
         sender = self._sender
         if not sender.away:
             close_left_behind(sender.tracking)
+        busy = SystemMetrics(sender.spool, self._busy_run) if self._busy_run else None
         ask_again = 0.0
         while not self._finished.is_set():
             if time.monotonic() >= ask_again:
                 sender.send()
                 ask_again = time.monotonic() + AWAY_SECONDS if sender.away else 0.0
             sender.beat()
+            if busy is not None:
+                busy.sample()
             self._finished.wait(POLL_SECONDS)
         for seconds in range(1 if sender.away else LAST_TRIES):  # a short absence leaves no run RUNNING
             time.sleep(seconds)

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +11,9 @@ import torch
 
 from blocks.dataloaders import DataLoaders
 from cluster.data import dataloaders
-from cluster.example import write_example
+from cluster.example import example_in, write_example
 from cluster.places import places
+from cluster.recording import ONLY_WHAT_ALWAYS_IS, Recording
 from cluster.runs import Run, finish_run, new_run_folder, words_of, write_run
 from cluster.spool import SPOOL, append
 from cluster.tracking import Tracker, start_run
@@ -31,6 +32,7 @@ class Trained:
     learn: Learner
     run_id: str | None
     model_uri: str | None
+    registered: str | None
     folder: Path
     export: Path
     example: Path
@@ -38,29 +40,33 @@ class Trained:
     trouble: str | None
 
 
-def train_recipe(recipe: Recipe, workers: Workers, say: Say = print) -> Trained:
+def train_recipe(recipe: Recipe, workers: Workers, say: Say = print, recording: Recording = ONLY_WHAT_ALWAYS_IS) -> Trained:
     """Train `recipe` on `workers` and record it in MLflow as one run: FINISHED, FAILED, or KILLED when interrupted.
 
     One that was broken off is gone on with by `resume_recipe`.
     """
-    return _train_in(Path(new_run_folder(places().storage, recipe.name)), recipe, workers, say, resumed=False)
+    return _train_in(Path(new_run_folder(places().storage, recipe.name)), recipe, workers, say, recording, resumed=False)
 
 
-def resume_recipe(folder: Path, recipe: Recipe, workers: Workers, say: Say = print) -> Trained:
+def resume_recipe(
+    folder: Path, recipe: Recipe, workers: Workers, say: Say = print, recording: Recording = ONLY_WHAT_ALWAYS_IS
+) -> Trained:
     """Go on with the run in `folder`, from its newest checkpoint: `train_recipe`, broken off, of the same recipe."""
-    return _train_in(folder, recipe, workers, say, resumed=True)
+    return _train_in(folder, recipe, workers, say, recording, resumed=True)
 
 
-def _train_in(folder: Path, recipe: Recipe, workers: Workers, say: Say, resumed: bool) -> Trained:
+def _train_in(folder: Path, recipe: Recipe, workers: Workers, say: Say, recording: Recording, resumed: bool) -> Trained:
     began = time.perf_counter()
     recipe.located()
     workers.check(recipe.batch_size)
     spool, run = folder / SPOOL, folder.name
-    with Tracker(spool, places().tracking, experiment=recipe.name) as tracker:
+    with Tracker(spool, places().tracking, recipe.name, system_metrics_of=run if recording.system_metrics else "") as tracker:
         dls = prepared_data(recipe, on_ray=workers.most > 0, say=say)
         learn = new_learner(recipe, dls)
-        tracker.opened()
-        write_run(folder, Run("train", recipe.found_as, words_of(recipe.settings), {"workers": workers.number}))
+        tracker.opened(say)
+        recording.check()
+        runner = {"workers": workers.number, **asdict(recording)}
+        write_run(folder, Run("train", recipe.found_as, words_of(recipe.settings), runner))
         params = {"recipe": recipe.name, **recipe.settings, "workers": workers.number}
         start_run(spool, run, run, params, tags=tags_of(dls))
         with ending(spool, run):
@@ -70,15 +76,16 @@ def _train_in(folder: Path, recipe: Recipe, workers: Workers, say: Say, resumed:
             how = f"going on with {run}, " if resumed else ""
             say(f"train: {how}{recipe.epochs} epoch{'s' * (recipe.epochs != 1)} {where}")
             learn.fit(recipe.schedule, recipe.lr, on=InFolder(workers, str(folder)))
-            example = record_model(spool, run, folder, learn)
+            export = record_model(spool, run, folder, learn, recording)
         finish_run(folder)
     return Trained(
         learn=learn,
         run_id=tracker.run_id(run),
         model_uri=tracker.model_uri(run),
         folder=folder,
-        export=folder / EXPORT,
-        example=example,
+        registered=tracker.registered(run),
+        export=export,
+        example=example_in(folder),
         seconds=time.perf_counter() - began,
         trouble=tracker.trouble,
     )
@@ -127,15 +134,16 @@ def record_data(spool: Path, run: str, folder: Path, dls: DataLoaders) -> None:
     append(spool, "artifact", run, path=BATCH_PICTURE, folder="pictures")
 
 
-def record_model(spool: Path, run: str, folder: Path, learn: Learner, register: str = "", alias: str = "") -> Path:
-    """Export the model, and record it with an example of its use and a picture of its predictions; the example's file."""
+def record_model(spool: Path, run: str, folder: Path, learn: Learner, recording: Recording = ONLY_WHAT_ALWAYS_IS) -> Path:
+    """Export the model, and record it with an example of its use and a picture of its predictions."""
     from cluster.scoring import signature
 
     learn.show_results().savefig(folder / RESULTS_PICTURE)
     append(spool, "artifact", run, path=RESULTS_PICTURE, folder="pictures")
     export, example = learn.export(folder / EXPORT), write_example(learn.dls, folder)
-    append(spool, "model", run, path=EXPORT, example=example.name, **signature(export, example), register=register, alias=alias)
-    return example
+    names = {"register": recording.register, "alias": recording.alias}
+    append(spool, "model", run, path=EXPORT, example=example.name, **signature(export, example), **names)
+    return export
 
 
 @contextlib.contextmanager

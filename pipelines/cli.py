@@ -17,7 +17,11 @@ from blocks.errors import UserError
 from blocks.house import HOUSE
 
 # The words beside a recipe's settings, by command.
-RUNNER_WORDS: dict[str, dict[str, type]] = {"train": {"workers": int}, "sweep": {"trials": int, "scheduler": str}}
+RECORDING: dict[str, type] = {"register": str, "alias": str, "system_metrics": bool}
+RUNNER_WORDS: dict[str, dict[str, type]] = {
+    "train": {"workers": int, **RECORDING},
+    "sweep": {"trials": int, "scheduler": str},
+}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -44,20 +48,24 @@ def recipes() -> None:
 @click.argument("words", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--debug", is_flag=True, help="Train in this process, and open the debugger where an exception is raised.")
 def train(name: str, words: Sequence[str], debug: bool) -> None:
-    """Train RECIPE. workers=N trains on N Ray Train workers, workers=0 in this process."""
+    """Train RECIPE. workers=N trains on N Ray Train workers, workers=0 in this process.
+
+    register=NAME alias=champion registers the model in MLflow; system_metrics=true records how busy the machine is.
+    """
     make, settings, runner = _read(name, words, RUNNER_WORDS["train"])
     recipe = make(**settings)
-    from cluster import Workers, train_recipe
+    from cluster import Recording, Workers, train_recipe
     from cluster.elsewhere import Elsewhere
     from cluster.runtime import start_ray_meanwhile
     from pipelines.report import report_training
 
+    recording = Recording.taken_from(runner)
     workers = Workers(0) if debug else Workers.asked(runner.get("workers"), default=2 if name == "digits" else None)
     if workers.number:
         start_ray_meanwhile()
     try:
         with Elsewhere() as elsewhere:
-            report_training(train_recipe(recipe, workers, say=click.echo), elsewhere, say=click.echo)
+            report_training(train_recipe(recipe, workers, click.echo, recording), elsewhere, say=click.echo)
     except Exception as error:
         from training.failure import failure_of
 
@@ -81,14 +89,15 @@ def resume(run: str) -> None:
         raise UserError(f"{run} was begun by a script: run it again with learn.fit(..., resume={run!r})")
     make, settings, _ = _read(begun.recipe, [f"{key}={text}" for key, text in begun.words.items()], {})
     recipe = make(**settings)
-    from cluster import Workers, resume_recipe
+    from cluster import Recording, Workers, resume_recipe
     from cluster.elsewhere import Elsewhere
     from pipelines.report import report_training
 
     with Elsewhere() as elsewhere:
-        number = begun.runner["workers"]
+        runner = dict(begun.runner)
+        recording, number = Recording.taken_from(runner), runner["workers"]
         workers = Workers.asked(tuple(number) if isinstance(number, list) else number)
-        report_training(resume_recipe(Path(folder), recipe, workers, say=click.echo), elsewhere, say=click.echo)
+        report_training(resume_recipe(Path(folder), recipe, workers, click.echo, recording), elsewhere, say=click.echo)
 
 
 @cli.command()
@@ -228,14 +237,24 @@ def _read(
         if key in settings or key in runner:
             raise SettingError(f"{key!r} is set twice")
         if key in runner_words:
-            try:
-                runner[key] = runner_words[key](text)
-            except ValueError:
-                raise SettingError(f"{key}={text!r} is not a whole number") from None
+            runner[key] = _runner_word(key, text, runner_words[key])
             continue
         value = read_setting(make, key, text, names, also=runner_words)
         settings[key] = value if isinstance(value, kinds) else checked(make, key, value)
     return make, settings, runner
+
+
+def _runner_word(key: str, text: str, kind: type) -> Any:
+    from training.recipe import SettingError
+
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise SettingError(f"{key}={text!r} is not true or false")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        raise SettingError(f"{key}={text!r} is not a whole number") from None
 
 
 def main() -> NoReturn:

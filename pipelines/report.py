@@ -34,6 +34,8 @@ def report_training(trained: "Trained", elsewhere: "Elsewhere", say: Say) -> Non
     say(f"{', '.join(scores)} after {len(learn.recorder.history)} epochs; {trained.seconds:.0f} s in all")
     say(f"run      {trained.run_id or 'not sent'}  in {shown(places().tracking)}")
     say(f"model    {trained.model_uri or 'not sent'}  exported to {trained.export}")
+    if trained.registered:
+        say(f"         {trained.registered}")
     assert learn.dls.prepared is not None
     say(f"data     {learn.dls.prepared.where}")
     if trained.trouble:
