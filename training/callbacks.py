@@ -293,3 +293,6 @@ def epoch_line(values: dict[str, Any], epochs: int) -> str:
         if f"time/{unit}_per_second" in values:
             shown.append(f"{values[f'time/{unit}_per_second']:.0f} {unit}/s")
     return "  ".join(shown)
+
+
+ProgressCallback = Progress  # fastai's name

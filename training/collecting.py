@@ -1,7 +1,8 @@
-"""Callbacks that keep what passes by: predictions, batches, a file of the history; dropout that stays on."""
+"""Callbacks that keep or show what passes by: predictions, batches, a file or a graph of the history; dropout that stays on."""
 
 import csv
 import io
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ class GatherPredictions(Callback):
     """
 
     order = 50
+    remove_on_fetch = True
 
     def __init__(self, with_input: bool = False, with_loss: bool = False):
         self.with_input, self.with_loss = with_input, with_loss
@@ -36,7 +38,7 @@ class GatherPredictions(Callback):
         self._batches = []
 
     def after_batch(self, learn: "Learner") -> None:
-        if not learn.training:
+        if not learn.training and learn.pred is not None:
             targets = tuple(map(as_plain, learn.yb))
             losses = (loss_per_row(learn.loss_func, learn.pred, *targets),) if self.with_loss and targets else ()
             inputs = tuple(map(as_plain, learn.xb)) if self.with_input else ()
@@ -64,24 +66,21 @@ def _on_cpu(x: Any) -> Any:
 class FetchPredictions(Callback):
     """After each epoch, has `learn.get_preds(batches)` in `preds`, without `skip`'s callbacks; fastai's FetchPredsCallback.
 
-    batches: None for the validation part. skip: classes of callbacks that do not take part.
+    batches: None for the validation part. skip: classes of callbacks that do not take part; neither do those that say so
+    themselves, `remove_on_fetch`.
     """
 
     order = 50
+    remove_on_fetch = True
 
     def __init__(self, batches: Iterable[Any] | None = None, skip: tuple[type[Callback], ...] = ()):
         self.batches, self.skip = batches, skip
         self.preds: Any = None
 
     def after_epoch(self, learn: "Learner") -> None:
-        skipped = [c for c in learn.callbacks if c is self or isinstance(c, self.skip)]
-        for callback in skipped:
-            learn.remove_callback(callback)
-        try:
+        skipped = [c for c in learn.callbacks if c.remove_on_fetch or isinstance(c, self.skip)]
+        with learn.removed_callbacks(*skipped):
             self.preds = learn.get_preds(self.batches)
-        finally:
-            for callback in skipped:
-                learn.add_callback(callback)
 
 
 class CollectData(Callback):
@@ -138,3 +137,41 @@ class CSVLogger(Callback):
             unfinished = self.path.with_name(self.path.name + ".part")
             unfinished.write_text(text.getvalue(), encoding="utf-8", newline="")
             unfinished.replace(self.path)
+
+
+class ShowGraph(Callback):
+    """Draws the losses of training and validation after each epoch, over the last drawing; fastai's ShowGraphCallback.
+
+    In a notebook; elsewhere it says once that there is nothing to draw on: `learn.recorder.plot_loss()` gives the figure.
+    """
+
+    order = 76
+
+    def before_fit(self, learn: "Learner") -> None:
+        self._shown: Any = None
+        if "ipykernel" not in sys.modules and distributed.rank() == 0:
+            print("ShowGraph draws in notebooks only", flush=True)
+
+    def after_epoch(self, learn: "Learner") -> None:
+        if "ipykernel" not in sys.modules or distributed.rank() > 0:
+            return
+        from IPython.display import Image, display
+
+        picture = io.BytesIO()
+        learn.recorder.plot_loss(skip_start=0).savefig(picture, format="png")
+        image = Image(data=picture.getvalue())
+        if self._shown is None:
+            self._shown = display(image, display_id=True)
+        else:
+            self._shown.update(image)
+
+    def after_fit(self, learn: "Learner") -> None:
+        self._shown = None
+
+
+# fastai's names
+GatherPredsCallback = GatherPredictions
+FetchPredsCallback = FetchPredictions
+CollectDataCallback = CollectData
+MCDropoutCallback = MCDropout
+ShowGraphCallback = ShowGraph

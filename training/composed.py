@@ -37,6 +37,7 @@ from training.steppers import (
     larc_layer_lr,
     larc_step,
     momentum_step,
+    nesterov_step,
     radam_adapts,
     radam_rectification,
     radam_step,
@@ -402,7 +403,12 @@ def _fused_adam(
 
 
 def _fused_sgd(
-    params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]], h: dict[str, Any], decoupled: bool
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: dict[str, list[Tensor]],
+    h: dict[str, Any],
+    decoupled: bool,
+    nesterov: bool = False,
 ) -> None:
     if decoupled and h["wd"]:
         torch._foreach_mul_(params, 1 - h["lr"] * h["wd"])
@@ -414,7 +420,7 @@ def _fused_sgd(
         momentum=h.get("mom", 0.0),
         lr=h["lr"],
         dampening=0.0,
-        nesterov=False,
+        nesterov=nesterov,
         maximize=False,
         is_first_step=False,
     )
@@ -465,6 +471,8 @@ _FUSED: dict[tuple[Any, ...], Fused] = {
     ((l2_reg, sgd_step), False): functools.partial(_fused_sgd, decoupled=False),
     ((weight_decay, average_grad, momentum_step), False): functools.partial(_fused_sgd, decoupled=True),
     ((l2_reg, average_grad, momentum_step), False): functools.partial(_fused_sgd, decoupled=False),
+    ((weight_decay, average_grad, nesterov_step), False): functools.partial(_fused_sgd, decoupled=True, nesterov=True),
+    ((l2_reg, average_grad, nesterov_step), False): functools.partial(_fused_sgd, decoupled=False, nesterov=True),
     ((weight_decay, average_grad, larc_step), False): _fused_larc,
     ((weight_decay, average_sqr_grad, rms_prop_step), False): functools.partial(_fused_rms_prop, torch._fused_adamw_),
     ((l2_reg, average_sqr_grad, rms_prop_step), False): functools.partial(_fused_rms_prop, torch._fused_adam_),

@@ -747,7 +747,7 @@ class Learner:
     to_bf16 = precision.to_bf16
     to_fp16 = precision.to_fp16
     to_fp32 = precision.to_fp32
-    to_channels_last = precision.to_channels_last
+    to_channels_last = to_channelslast = precision.to_channels_last
     compile = precision.compile
     state_dict = state.state_dict
     load_state_dict = state.load_state_dict

@@ -19,6 +19,7 @@ from training.steppers import (
     larc_step,
     lookahead_step,
     momentum_step,
+    nesterov_step,
     qhadam_step,
     radam_adapts,
     radam_rectification,
@@ -38,10 +39,20 @@ OptimizerFunction = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 # --- optimizers: each is a list of the functions of training.steppers, under fastai's names and defaults ------------------
 
 
-def SGD(params: Iterable[Any], lr: float = 1e-3, mom: float = 0.0, wd: float = 0.0, decouple_wd: bool = True) -> Optimizer:  # noqa: N802
-    """Stochastic gradient descent, with momentum if `mom` is not 0."""
+def SGD(  # noqa: N802
+    params: Iterable[Any],
+    lr: float = 1e-3,
+    mom: float = 0.0,
+    wd: float = 0.0,
+    decouple_wd: bool = True,
+    nesterov: bool = False,
+) -> Optimizer:
+    """Stochastic gradient descent, with momentum if `mom` is not 0, Nesterov's on request."""
+    if nesterov and not mom:
+        raise ValueError(f"Nesterov's momentum looks ahead along the momentum, which is above 0, not mom={mom!r}")
     if mom:
-        return Optimizer(params, (_decay(decouple_wd), average_grad, momentum_step), lr=lr, mom=mom, wd=wd)
+        step = nesterov_step if nesterov else momentum_step
+        return Optimizer(params, (_decay(decouple_wd), average_grad, step), lr=lr, mom=mom, wd=wd)
     return Optimizer(params, (_decay(decouple_wd), sgd_step), lr=lr, wd=wd)
 
 

@@ -1,11 +1,13 @@
 """What a Learner has learned: predictions for many rows or one item, also over augmented rows, and pictures of them."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from blocks.splits import TRAIN, VALID
 from blocks.tensors import TensorBase, TensorNumber, as_plain
@@ -21,8 +23,8 @@ class _Collect(Callback):
 
     order = 100  # after what others make of it
 
-    def __init__(self, act: Any):
-        self.act = act
+    def __init__(self, act: Any, save_preds: str | Path | None, save_targs: str | Path | None):
+        self.act, self.save_preds, self.save_targs = act, save_preds, save_targs
         self.inputs: list[Any] = []
         self.preds: list[Any] = []
         self.targets: list[Any] = []
@@ -36,11 +38,21 @@ class _Collect(Callback):
         if learn.pred is None:
             return
         self.inputs.append(self._inputs)
-        self.preds.append(_kept(self.act(learn.pred)))
-        self.targets.append(_kept(learn.yb))
+        self._keep(self.preds, _kept(self.act(learn.pred)), self.save_preds)
+        self._keep(self.targets, _kept(learn.yb), self.save_targs)
         if learn.loss is not None:
             self.losses.append(learn.loss.float().cpu())
         self.samples.append(getattr(learn.batch, "samples", None))
+
+    def _keep(self, kept: list[Any], values: Any, folder: str | Path | None) -> None:
+        if folder is None:
+            kept.append(values)
+            return
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        parts = values if isinstance(values, tuple) else (values,)
+        if len(parts) != 1:
+            raise ValueError(f"a file holds one tensor of a batch, but here are {len(parts)}: keep them in memory")
+        np.save(Path(folder, f"{len(self.samples)}.npy"), parts[0].numpy())
 
     def in_row_order(self) -> Any:
         """What puts the rows in the order of the store; None where that is not known."""
@@ -59,6 +71,8 @@ def get_preds(
     with_loss: bool = False,
     act: Any = None,
     reorder: bool = True,
+    save_preds: str | Path | None = None,
+    save_targs: str | Path | None = None,
 ) -> tuple[Any, ...]:
     """Activations (probabilities, for a classifier) and targets, on the CPU: (inputs,) preds, targets (, decoded) (, losses).
 
@@ -66,16 +80,22 @@ def get_preds(
     activations. with_loss: a loss a row. act: instead of the loss's `activation`. reorder: rows as in the store, where the
     batches know their place. Several inputs or targets are tuples; without targets there is an empty tensor. Of several
     ranks, each gets its own rows.
+    save_preds, save_targs: folders for those that memory would not hold: each batch becomes a file there, `0.npy`,
+    `1.npy`, ..., its rows in their order in the batch, and an empty tensor is given instead.
     """
+    if save_preds is not None and with_decoded:
+        raise ValueError(
+            "with_decoded needs the predictions in memory: decode those that save_preds has written, batch by batch"
+        )
     batches = dl if dl is not None else (learn.dls.train if ds_idx == TRAIN else learn.dls.valid)
-    found = _Collect(act or learn.activation)
+    found = _Collect(act or learn.activation, save_preds, save_targs)
     with learn.validation_context(found):
         if with_loss:
             with learn.loss_not_reduced():
                 learn._validate(batches)
         else:
             learn._validate(batches)
-    if not found.preds:
+    if not found.samples:
         raise ValueError("there are no batches to predict")
     order = found.in_row_order() if reorder else None
     preds = _together(found.preds, order)
@@ -153,9 +173,11 @@ def tta(
     """Activations and targets over `n` rounds with the training part's batch transforms and one without.
 
     beta: the share of the round without; None gives the pair (mean of the augmented, plain). use_max: the largest over all
-    rounds instead.
+    rounds instead. ValueError for batches of other rows in each round, such as a shuffling torch DataLoader's.
     """
     batches = dl if dl is not None else (learn.dls.train if ds_idx == TRAIN else learn.dls.valid)
+    if isinstance(getattr(batches, "sampler", None), RandomSampler | WeightedRandomSampler | SubsetRandomSampler):
+        raise _shuffles()
     plain, targets = get_preds(learn, batches)
     epoch, drawn = learn.epochs_trained, getattr(batches, "epoch", None)
     rounds = []
@@ -164,7 +186,10 @@ def tta(
             for learn.epochs_trained in range(1, n + 1):
                 if drawn is not None:
                     batches.set_epoch(learn.epochs_trained)  # type: ignore[attr-defined]
-                rounds.append(get_preds(learn, batches)[0])
+                again, targets_again = get_preds(learn, batches)
+                if not _same(targets, targets_again):
+                    raise _shuffles()
+                rounds.append(again)
     finally:
         learn.epochs_trained = epoch
         if drawn is not None:
@@ -175,6 +200,19 @@ def tta(
     if beta is None:
         return (augmented.mean(0), plain), targets
     return torch.lerp(augmented.mean(0), plain, beta), targets
+
+
+def _shuffles() -> ValueError:
+    return ValueError(
+        "tta averages each row over several rounds, but these batches come in another order each time: give it a loader that "
+        "does not shuffle (fastray's own know their rows, and may)"
+    )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple):
+        return all(map(_same, one, other))
+    return torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
 
 
 def show_results(learn: "Learner", n: int = 16) -> Any:
@@ -261,13 +299,17 @@ def _kept(value: Any) -> Any:
 
 def _together(parts: Sequence[Any], order: Tensor | None) -> Any:
     """The parts of all batches as one tensor, tuples of tensors part by part."""
+    if not parts:
+        return torch.empty(0)
     if isinstance(parts[0], tuple):
         return tuple(_together(column, order) for column in zip(*parts, strict=True))
     whole = torch.cat([p.reshape(1) if p.ndim == 0 else p for p in parts])
     return whole if order is None else whole[order]
 
 
-def _one_or_all(values: tuple[Any, ...]) -> Any:
+def _one_or_all(values: Any) -> Any:
+    if isinstance(values, Tensor):
+        return values
     if not values:
         return torch.empty(0)
     return values[0] if len(values) == 1 else values

@@ -78,5 +78,8 @@ class RNNRegularizer(Callback):
         self._raw = self._dropped = None  # they hold the graph
 
 
+RNNCallback = RNNRegularizer  # fastai's name of it without penalties
+
+
 def _mean_square(x: Tensor) -> Tensor:
     return x.float().square().mean()

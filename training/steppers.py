@@ -177,6 +177,13 @@ def momentum_step(p: Tensor, grad_avg: Tensor, lr: float) -> None:
 
 
 @elementwise
+def nesterov_step(p: Tensor, grad: Tensor, grad_avg: Tensor, lr: float, mom: float) -> None:
+    """Against the average of the gradients as it will be one step on (Sutskever et al., 2013)."""
+    add_scaled(p, grad, -lr)
+    add_scaled(p, grad_avg, -lr * mom)
+
+
+@elementwise
 def rms_prop_step(p: Tensor, grad: Tensor, sqr_avg: Tensor, lr: float, eps: float, grad_avg: Tensor | None = None) -> None:
     """Against the gradient, or its average where that is kept, divided by the root of the average square (Hinton 2012)."""
     add_quotient(p, grad if grad_avg is None else grad_avg, sqr_avg.sqrt().add_(eps), -lr)

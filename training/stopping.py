@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class ValueWatcher(Callback):
     """Knows after each epoch whether `monitor` is better than ever before; fastai's TrackerCallback.
 
-    monitor: a name in `learn.recorder.history`, such as "valid/loss" or "valid/accuracy". higher_is_better: what better
-    means (fastai's comp); None: as the metric says. min_delta: a smaller gain does not count.
+    monitor: a name in `learn.recorder.history`, such as "valid/loss" or "valid/accuracy", or what a callback puts into
+    `learn.recorder.values` in `after_validate` at the latest. higher_is_better: what better means (fastai's comp); None: as
+    the metric says. min_delta: a smaller gain does not count.
     A new fit starts afresh, unless reset_on_fit is False. ValueError for a monitor that nothing records.
     """
 
@@ -57,7 +58,10 @@ class ValueWatcher(Callback):
 
     def improved(self, learn: "Learner") -> bool | None:
         """Whether this epoch's value is the best so far, which is then remembered; None when it was not recorded."""
-        value = learn.recorder.values.get(self.monitor)
+        values = learn.recorder.values
+        value = values.get(self.monitor)
+        if value is None and "valid/loss" in values and self.monitor not in _directions(learn):
+            raise ValueError(f"nothing recorded {self.monitor!r} in epoch {learn.epoch}, only {', '.join(values)}")
         if value is None:
             warnings.warn(
                 f"{self.name} watches {self.monitor}, which epoch {learn.epoch} did not record: cancelled or empty",
@@ -78,15 +82,21 @@ class ValueWatcher(Callback):
         self.best, self.waited = state["best"], state["waited"]
 
 
+def _directions(learn: "Learner") -> dict[str, bool]:
+    # What the Learner itself records, and whether higher is better.
+    return {"train/loss": False, "valid/loss": False} | {f"valid/{m.name}": m.higher_is_better for m in learn.metrics}
+
+
 def _higher_is_better(learn: "Learner", monitor: str, given: bool | None) -> bool:
-    directions: dict[str, bool | None] = {"train/loss": False, "valid/loss": False}
-    directions |= {f"valid/{m.name}": m.higher_is_better for m in learn.metrics}
-    if monitor not in directions:
-        raise ValueError(f"nothing records {monitor!r}: monitor one of {', '.join(directions)}")
-    known = directions[monitor] if given is None else given
-    if known is None:
-        raise ValueError(f"{monitor} does not say what is better: give higher_is_better=True or False")
-    return known
+    if given is not None:
+        return given
+    known = _directions(learn)
+    if monitor not in known:
+        raise ValueError(
+            f"nothing records {monitor!r}: monitor one of {', '.join(known)}, or, where a callback of yours records it, say "
+            "higher_is_better=True or False"
+        )
+    return known[monitor]
 
 
 class SaveBest(ValueWatcher):
@@ -264,3 +274,11 @@ class ShortEpoch(Callback):
             raise CancelTrainException
         if self.short_valid:
             raise CancelValidException
+
+
+# fastai's names
+TrackerCallback = ValueWatcher
+SaveModelCallback = SaveBest
+EarlyStoppingCallback = EarlyStopping
+TerminateOnNaNCallback = TerminateOnNaN
+ShortEpochCallback = ShortEpoch

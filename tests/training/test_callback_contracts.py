@@ -88,6 +88,7 @@ SETTINGS: dict[str, tuple[MakeCallback, MakeLearner]] = {
         "ReduceLROnPlateau": training.ReduceLROnPlateau,
         "SaveBest": lambda: training.SaveBest(with_opt=True),
         "ScheduledRates": training.ScheduledRates,
+        "ShowGraph": training.ShowGraph,
         "ShortEpoch": lambda: training.ShortEpoch(0.5),
         "TerminateOnNaN": training.TerminateOnNaN,
     }.items()

@@ -1,13 +1,28 @@
 """Callbacks that keep what passes by."""
 
 import csv
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from training import CollectData, CSVLogger, FetchPredictions, GatherPredictions, MCDropout, Progress
+import training
+from training import (
+    Callback,
+    CancelBatchException,
+    CollectData,
+    CSVLogger,
+    FetchPredictions,
+    GatherPredictions,
+    Learner,
+    MCDropout,
+    Progress,
+    ShowGraph,
+)
 from training.testing import tiny_learner
 
 
@@ -80,3 +95,82 @@ def test_batches_of_a_validation_before_any_epoch() -> None:
     learn = tiny_learner(collect)
     learn.validate()
     assert len(collect.data) == len(learn.dls.valid)
+
+
+def test_callbacks_that_say_so_take_no_part_in_fetched_predictions() -> None:
+    class Notes(Callback):
+        def __init__(self, remove_on_fetch: bool):
+            self.remove_on_fetch, self.parts = remove_on_fetch, 0
+
+        def before_validate(self, learn: Learner) -> None:
+            self.parts += 1
+
+    there, away = Notes(False), Notes(True)
+    tiny_learner(there, away, FetchPredictions(skip=(Progress,))).fit(1)
+    assert (there.parts, away.parts) == (2, 1)
+
+
+def test_cancelled_batches_are_not_gathered() -> None:
+    class First(Callback):
+        def before_batch(self, learn: Learner) -> None:
+            if learn.iter == 0 and not learn.training:
+                raise CancelBatchException
+
+    gather = GatherPredictions()
+    learn = tiny_learner(First(), gather)
+    learn.fit(1)
+    assert len(gather.preds) == len(learn.dls.valid[1][0])
+
+
+def test_a_graph_is_drawn_over_the_last_one_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+
+    def display(image: Any, display_id: bool) -> Any:
+        drawn.append(image)
+        return SimpleNamespace(update=drawn.append)
+
+    monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(version_info=(9, 0)))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display, Image=lambda data: data))
+    learn = tiny_learner(ShowGraph())
+    with learn.no_logging():
+        learn.fit(3)
+    assert [image[:4] for image in drawn] == [b"\x89PNG"] * 3
+
+
+def test_elsewhere_it_says_so_once(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_learner(ShowGraph()).fit(2)
+    assert capsys.readouterr().out.count("ShowGraph draws in notebooks only") == 1
+
+
+def test_a_fastai_user_finds_the_callbacks_by_name() -> None:
+    for name in [
+        "ActivationStats",
+        "BnFreeze",
+        "CSVLogger",
+        "ChannelsLast",
+        "CollectDataCallback",
+        "CutMix",
+        "EarlyStoppingCallback",
+        "FetchPredsCallback",
+        "GatherPredsCallback",
+        "GradientAccumulation",
+        "GradientClip",
+        "HookCallback",
+        "MCDropoutCallback",
+        "MixUp",
+        "MixedPrecision",
+        "ModelResetter",
+        "ParamScheduler",
+        "ProgressCallback",
+        "RNNCallback",
+        "RNNRegularizer",
+        "Recorder",
+        "ReduceLROnPlateau",
+        "SaveModelCallback",
+        "ShortEpochCallback",
+        "ShowGraphCallback",
+        "TerminateOnNaNCallback",
+        "TrackerCallback",
+    ]:
+        assert issubclass(getattr(training, name), Callback)

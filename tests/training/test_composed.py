@@ -56,6 +56,11 @@ TORCHS = {"eps": 1e-3, "betas": (0.8, 0.97)}
 SAME: dict[str, tuple[Make, Make]] = {
     "sgd": (partial(SGD, wd=0.3, decouple_wd=False), partial(T.SGD, weight_decay=0.3)),
     "momentum": (partial(SGD, mom=0.9), partial(T.SGD, momentum=0.9)),
+    "nesterov": (partial(SGD, mom=0.9, nesterov=True), partial(T.SGD, momentum=0.9, nesterov=True)),
+    "nesterov, l2": (
+        partial(SGD, mom=0.9, nesterov=True, wd=0.3, decouple_wd=False),
+        partial(T.SGD, momentum=0.9, nesterov=True, weight_decay=0.3),
+    ),
     "momentum, l2": (partial(SGD, mom=0.9, wd=0.3, decouple_wd=False), partial(T.SGD, momentum=0.9, weight_decay=0.3)),
     "rmsprop": (partial(RMSProp, eps=1e-3, wd=0.3, decouple_wd=False), partial(T.RMSprop, eps=1e-3, weight_decay=0.3)),
     "adamw": (partial(Adam, wd=0.3, **ADAM), partial(T.AdamW, weight_decay=0.3, **TORCHS)),

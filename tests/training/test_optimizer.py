@@ -247,3 +247,8 @@ def test_a_momentum_that_a_callback_sets_in_a_run_is_kept_where_the_phase_sets_n
     learn = learner(callbacks=[Sets()])
     learn.fit(2)
     assert learn.recorder.momenta == [0.9] * 3 + [0.3] * 3
+
+
+def test_nesterov_needs_a_momentum() -> None:
+    with pytest.raises(ValueError, match=r"above 0, not mom=0\.0"):
+        SGD(model().parameters(), nesterov=True)

@@ -29,6 +29,7 @@ def own(params: Iterable[Any], lr: float) -> Optimizer:
 SETTINGS: dict[str, MakeOptimizer] = {
     "SGD": SGD,
     "SGD, momentum": partial(SGD, mom=0.9, wd=0.1),
+    "SGD, nesterov": partial(SGD, mom=0.9, nesterov=True),
     "RMSProp": RMSProp,
     "RMSProp, momentum": partial(RMSProp, mom=0.9),
     "Adam": Adam,

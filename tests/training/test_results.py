@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
 
 from blocks import (
     CategoryBlock,
@@ -160,6 +161,44 @@ def test_tta_averages_rounds_of_other_draws() -> None:
     assert (largest > augmented).all()
     assert torch.equal(learn.tta(n=3)[0], learn.tta(n=3)[0])
     assert not learn.get_preds()[0].any()
+
+
+def test_tta_of_rows_in_another_order_each_round_is_refused() -> None:
+    """Once the mean was over other rows."""
+    learn, (x, y) = learner(), (torch.cat(parts) for parts in zip(*batches((4, 4, 3)), strict=True))
+    rows = TensorDataset(x, y)
+    with pytest.raises(ValueError, match="in another order each time"):
+        learn.tta(DataLoader(rows, batch_size=4, shuffle=True))
+
+    class Shuffles:
+        def __iter__(self) -> Any:
+            order = torch.randperm(len(x))
+            return iter([(x[order], y[order])])
+
+        def __len__(self) -> int:
+            return 1
+
+    with pytest.raises(ValueError, match="in another order each time"):
+        learn.tta(Shuffles())
+    preds, targets = learn.tta(DataLoader(rows, batch_size=4))
+    assert torch.equal(targets, y)
+    torch.testing.assert_close(preds, learn.get_preds(DataLoader(rows, batch_size=4))[0])
+
+
+def test_predictions_that_memory_does_not_hold_go_to_files(tmp_path: Path) -> None:
+    learn = learner()
+    preds, targets = learn.get_preds()
+    inputs, none, nothing, losses = learn.get_preds(
+        with_input=True, with_loss=True, save_preds=tmp_path / "preds", save_targs=tmp_path / "targs"
+    )
+    assert none.numel() == nothing.numel() == 0
+    assert len(inputs) == len(losses) == 5
+    for name, expected in (("preds", preds), ("targs", targets)):
+        files = [np.load(tmp_path / name / f"{i}.npy") for i in range(len(list((tmp_path / name).iterdir())))]
+        assert len(files) == 2
+        assert np.array_equal(np.concatenate(files), expected.numpy())
+    with pytest.raises(ValueError, match="with_decoded needs the predictions in memory"):
+        learn.get_preds(save_preds=tmp_path, with_decoded=True)
 
 
 def test_show_results_is_a_figure(digits_block: DataBlock, few_digits: Path) -> None:

@@ -105,6 +105,32 @@ def test_a_monitor_that_nothing_records_is_an_error_that_names_the_others() -> N
         tiny_learner(SaveBest("valid_loss")).fit(1)
 
 
+class Records(Callback):
+    """Has the epochs record a value of its own."""
+
+    def __init__(self, values: list[float]):
+        self.given = values
+
+    def after_validate(self, learn: Learner) -> None:
+        learn.recorder.values["mine/value"] = self.given[learn.epoch]
+
+
+def test_what_a_callback_records_can_be_watched() -> None:
+    weights, values = Weights(), [1.0, 3.0, 2.0, 1.0, 1.0]
+    save, stop = (kind("mine/value", higher_is_better=True) for kind in (SaveBest, EarlyStopping))
+    learn = tiny_learner(Records(values), weights, save, stop)
+    learn.fit(5)
+    assert [epoch["mine/value"] for epoch in learn.recorder.history] == values[:3]
+    assert same(dict(learn.model.state_dict()), weights.after[1])
+
+
+def test_what_a_callback_records_needs_a_direction_and_to_be_recorded() -> None:
+    with pytest.raises(ValueError, match="where a callback of yours records it, say higher_is_better"):
+        tiny_learner(Records([1.0]), SaveBest("mine/value")).fit(1)
+    with pytest.raises(ValueError, match="nothing recorded 'mine/valeu' in epoch 0, only epoch, train/loss,"):
+        tiny_learner(Records([1.0]), SaveBest("mine/valeu", higher_is_better=True)).fit(1)
+
+
 def test_an_epoch_without_the_value_is_said() -> None:
     learn = tiny_learner(EarlyStopping())
     learn.dls = type(learn.dls)(learn.dls.train)
