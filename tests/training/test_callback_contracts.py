@@ -43,6 +43,24 @@ def recurrent_learner(*callbacks: Callback) -> Learner:
     return Learner(dls, Recurrent(), training.CrossEntropyLossFlat(), lr=0.01, callbacks=[*callbacks, *missing])
 
 
+class Rates(nn.Module):
+    """The score of a user's code and an item's, (rows, 2) -> (rows,)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users, self.items = nn.Embedding(4, 3), nn.Embedding(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.users(x[:, 0]) * self.items(x[:, 1])).sum(1)
+
+
+def choosing_learner(*callbacks: Callback) -> Learner:
+    torch.manual_seed(2)
+    batches = [(torch.stack([torch.randint(4, (6,)), torch.randint(1, 5, (6,))], 1),) for _ in range(5)]
+    dls = DataLoaders(batches[:3], batches[3:])
+    return Learner(dls, Rates(), training.BCEWithLogitsLossFlat(), lr=0.01, callbacks=callbacks)
+
+
 def gan_learner(*callbacks: Callback) -> Learner:
     torch.manual_seed(4)
     real = [(torch.randn(8, 2),) for _ in range(5)]
@@ -64,6 +82,7 @@ SETTINGS: dict[str, tuple[MakeCallback, MakeLearner]] = {
         "AdaptiveGANSwitcher": (lambda: training.AdaptiveGANSwitcher(None, 0.8), gan_learner),
         "FixedGANSwitcher": (lambda: training.FixedGANSwitcher(2, 1), gan_learner),
         "GANTrainer": (lambda: training.GANTrainer(clip=0.5, noise=3), gan_learner),
+        "AgainstOthers": (lambda: training.AgainstOthers(5), choosing_learner),
         "ActivationStats": lambda: training.ActivationStats(every=2, with_hist=True),
         "BatchTransforms": training.BatchTransforms,
         "BnFreeze": training.BnFreeze,
