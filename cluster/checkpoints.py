@@ -55,6 +55,7 @@ class Checkpoints(Callback):
     """
 
     order = -1000
+    needs_inputs = False
 
     def __init__(self, folder: str, steps: int | None, minutes: float | None):
         self.folder, self.steps, self.minutes = folder, steps, minutes

@@ -14,6 +14,7 @@ import torch
 
 from blocks.dataloaders import DataLoaders
 from blocks.errors import UserError
+from cluster.ahead import features_ahead
 from cluster.places import places
 from cluster.runs import new_run_folder
 from cluster.runtime import check_resources, start_ray
@@ -105,6 +106,8 @@ def sweep(
         start_ray()
         check_resources(1, asked="a trial", say=say)
         dls = _prepared_once(make, space, candidates, say)
+        choices = {name: values for name, values in candidates.items() if isinstance(space[name], Choice)}
+        features_ahead(make, {name: values[0] for name, values in candidates.items()}, choices)
         metric, mode = _target(new_learner(first, dls))
         tracker.opened()
         folder.mkdir(parents=True)

@@ -14,6 +14,7 @@ import torch
 from blocks.errors import UserError
 from blocks.storage import filesystem, is_url, shown
 from cluster.checkpoints import Checkpoints, read_state
+from cluster.data import map_on_ray
 from cluster.failures import as_final, bringing_home, cannot_travel
 from cluster.places import places
 from cluster.runs import Run, find_run, finish_run, new_run_folder, run_name, words_of, write_run
@@ -22,6 +23,7 @@ from cluster.spool import SPOOL, append_epoch, follow
 from training import distributed
 from training.callback import Callback
 from training.callbacks import Progress, epoch_line
+from training.features import compute_ahead
 from training.learner import Learner, Rate
 from training.schedule import Schedule, total_epochs
 from training.state import generators, seed_all, set_generators
@@ -148,6 +150,7 @@ class InFolder:
             learn.fit(schedule, lr)
             return
         self.workers._find_resources()
+        compute_ahead(learn, schedule, map_on_ray)
         with contextlib.ExitStack() as stack:
             report = next((c for c in learn.callbacks if isinstance(c, SpoolReport)), None)
             if report is not None:
