@@ -7,7 +7,7 @@ import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from training.callback import Callback
 from training.optimizer import group_hyper, set_group_hyper
@@ -49,6 +49,12 @@ class ParamScheduler(Callback):
             for name, value in before.items():
                 set_group_hyper(group, name, value)
         self._before = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": [dict(hypers) for hypers in self._before]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._before = [dict(hypers) for hypers in state["before"]]
 
 
 def SchedNo(start: float, end: float) -> Sched:  # noqa: N802  fastai's name

@@ -12,6 +12,7 @@ import torch
 
 from training import distributed
 from training.callback import Callback, CancelFitException, CancelTrainException, CancelValidException
+from training.optimizer import own_momentum_again
 from training.schedule import scaled, top_and_spread
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ class SaveBest(ValueWatcher):
         self.kept = None
 
     def before_fit(self, learn: "Learner") -> None:
-        self._ended = False
+        self._ended = learn.epoch == learn.n_epoch  # of a run that goes on after its last epoch
         if not self.every_epoch and not self.at_end:
             super().before_fit(learn)
 
@@ -164,6 +165,7 @@ class SaveBest(ValueWatcher):
             learn.model.load_state_dict(self.kept["model"])
             if "optimizer" in self.kept:
                 learn.opt.load_state_dict(self.kept["optimizer"])
+                own_momentum_again(learn.opt)
 
     def _state_of(self, learn: "Learner") -> dict[str, Any]:
         state = {"model": _copied(learn.model.state_dict())}

@@ -29,6 +29,7 @@ from training.callback import (
 )
 from training.learner import Learner
 from training.losses import CrossEntropyLossFlat
+from training.schedule import Schedule, fine_tune
 
 MakeCallback = Callable[[], Callback]
 MakeLearner = Callable[..., Learner]  # of callbacks
@@ -132,32 +133,55 @@ def check_same_result_again(make: MakeCallback, make_learner: MakeLearner) -> No
 
 
 def check_goes_on_where_it_stopped(make: MakeCallback, make_learner: MakeLearner) -> None:
-    """Stopped in the middle of an epoch, saved, loaded by a fresh Learner and resumed: the same bits as without the stop."""
+    """Saved after any training batch or epoch, loaded by a fresh Learner and resumed: the same bits as without the stop.
+
+    In a frozen phase and in the one after it; weights, optimizer, callbacks, and a record that has each step and epoch once.
+    """
     keeps = _Keeps()
     unbroken = make_learner(make(), keeps)
-    _fit(unbroken, 2)
-    learn = make_learner(make(), _Keeps())
-    learn.load_state_dict(keeps.state)
-    with contextlib.redirect_stdout(io.StringIO()):
-        learn.resume()
-    assert torch.equal(_weights(learn), _weights(unbroken)), "stopped and resumed, the weights are others"
+    _fit(unbroken, fine_tune(1))
+    for place, state in keeps.states.items():
+        learn = make_learner(make(), _Keeps())
+        learn.load_state_dict(torch.load(io.BytesIO(state), weights_only=True))
+        with contextlib.redirect_stdout(io.StringIO()):
+            learn.resume()
+        found, expected = _end(learn), _end(unbroken)
+        others = [name for name in expected if not same(found[name], expected[name])]
+        assert not others, f"stopped {place} and resumed, there are others: {', '.join(others)}"
 
 
 class _Keeps(Callback):
-    # The state of the Learner after the first batch of the second epoch.
+    # The state of the Learner after each training batch and each epoch.
     order = 1000
 
     def __init__(self) -> None:
-        self.saved = io.BytesIO()
+        self.states: dict[str, bytes] = {}
 
     def after_batch(self, learn: Learner) -> None:
-        if learn.training and (learn.epoch, learn.iter) == (1, 0):
-            torch.save(learn.state_dict(), self.saved)
+        if learn.training:
+            self._keep(learn, f"after batch {learn.iter} of epoch {learn.epoch}")
 
-    @property
-    def state(self) -> dict[str, Any]:
-        self.saved.seek(0)
-        return torch.load(self.saved, weights_only=True)
+    def after_epoch(self, learn: Learner) -> None:
+        self._keep(learn, f"after epoch {learn.epoch}")
+
+    def _keep(self, learn: Learner, place: str) -> None:
+        file = io.BytesIO()
+        torch.save(learn.state_dict(), file)
+        self.states[place] = file.getvalue()
+
+
+def _end(learn: Learner) -> dict[str, Any]:
+    # All that a run leaves, but the times.
+    state = {
+        name: part for name, part in learn.state_dict().items() if name not in ("callbacks", "generators", "epoch_generators")
+    }
+    return state | {f"{name}'s state": _timeless(part) for name, part in learn.state_dict()["callbacks"].items()}
+
+
+def _timeless(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {name: _timeless(part) for name, part in state.items() if not str(name).startswith("time/")}
+    return list(map(_timeless, state)) if isinstance(state, list) else state
 
 
 def same(a: Any, b: Any) -> bool:
@@ -184,10 +208,10 @@ def _raising(error: type[Exception], event: str, order: int) -> Callback:
     return type("Raising", (Callback,), {event: method, "order": order, "raised": False})()
 
 
-def _fit(learn: Learner, epochs: int) -> None:
+def _fit(learn: Learner, schedule: Schedule | int) -> None:
     torch.manual_seed(5)  # of the dropout
     with contextlib.redirect_stdout(io.StringIO()):
-        learn.fit(epochs)
+        learn.fit(schedule)
 
 
 def _weights(learn: Learner) -> Tensor:

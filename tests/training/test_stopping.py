@@ -143,7 +143,7 @@ def test_the_best_weights_are_written_to_the_file(tmp_path: Path) -> None:
     learn.fit(2)
     read = torch.load(tmp_path / "deep" / "best.pt", weights_only=True)
     assert same(dict(learn.model.state_dict()), read["model"])
-    assert same(learn.opt.state_dict(), read["optimizer"])
+    assert same(learn.opt.state_dict()["state"], read["optimizer"]["state"])
     assert [f.name for f in (tmp_path / "deep").iterdir()] == ["best.pt"]
 
 
