@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blocks.storage import put
+from blocks.storage import get, put
 from training import distributed
 from training.callback import Callback
 from training.learner import Learner
@@ -45,7 +45,7 @@ def read_state(checkpoint: Any, rank: int) -> dict[str, Any]:
 
 def _read(checkpoint: Any, name: str) -> dict[str, Any]:
     with checkpoint.filesystem.open_input_file(f"{checkpoint.path}/{name}") as file:
-        return torch.load(io.BytesIO(file.read()), map_location="cpu", weights_only=True)
+        return _from_bytes(file.read())
 
 
 class Checkpoints(Callback):
@@ -98,24 +98,36 @@ class Checkpoints(Callback):
         if learn._ranks is not None:
             learn._ranks.asked = False
             self._votes = learn._ranks.votes.clone()
-        rank, epochs = distributed.rank(), learn.recorder.history[self._reported :]
-        state = learn.state_dict()
+        state, rank = learn.state_dict(), distributed.rank()
         self._votes = None
         self._writing.acquire()  # storage that is slower than the checkpoints come must not fill the memory
         state = _copied(state) | {"finished": finished, "world": distributed.world()}
         own = {name: state.pop(name) for name in OF_RANK}
         parts = {file_of(rank): own, SHARED: state} if rank == 0 else {file_of(rank): own}
-        best = rank == 0 and bool(epochs) and is_best(learn)
-        self._reported, self._saved_at = len(learn.recorder.history), time.monotonic()
-        self._at = replace(learn.position)
+        best = rank == 0 and len(learn.recorder.history) > self._reported and is_best(learn)
+        self._at, self._saved_at = replace(learn.position), time.monotonic()
         ray.train.report(
-            {"epochs": epochs} if rank == 0 else {},
+            self._news(learn),
             checkpoint=ray.train.Checkpoint(self.folder),  # not read: `_write` has what to write
+            # No place is saved twice, so names do not meet; what a killed process left half written is written over.
             checkpoint_dir_name=f"epoch-{learn.epochs_trained:04d}-batch-{self._at.batch:06d}{'-end' * finished}",
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=False,
             checkpoint_upload_fn=partial(_write, parts, self.folder if best else None, self._writing.release),
         )
+
+    def tell(self, learn: Learner) -> None:
+        """Report all epochs of the run, without a checkpoint. Every rank must call it."""
+        import ray.train
+
+        self._reported = first_of_run(learn)
+        ray.train.report(self._news(learn))
+
+    def _news(self, learn: Learner) -> dict[str, Any]:
+        # Rank 0's report is the one that is read.
+        epochs = learn.recorder.history[self._reported :]
+        self._reported += len(epochs)
+        return {"epochs": epochs} if distributed.rank() == 0 else {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"votes": self._votes}
@@ -148,6 +160,10 @@ def _as_bytes(part: dict[str, Any]) -> memoryview:
     return content.getbuffer()
 
 
+def _from_bytes(content: bytes) -> dict[str, Any]:
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
 def _copied(state: Any) -> Any:
     # In memory of its own, on the CPU: training goes on while it is written.
     if isinstance(state, Tensor):
@@ -157,6 +173,30 @@ def _copied(state: Any) -> Any:
         copied.update({key: _copied(value) for key, value in state.items()})
         return copied
     return type(state)(map(_copied, state)) if isinstance(state, list | tuple) else state
+
+
+class SaveHere(Callback):
+    """The same for a training in this process: its state, in the run's folder or at its URL, where each epoch begins."""
+
+    order = -1000
+
+    def __init__(self, folder: str):
+        self.folder = folder
+
+    def before_epoch(self, learn: Learner) -> None:
+        if learn.position.opens_epoch and learn.position != Position():
+            self.save(learn)
+
+    def save(self, learn: Learner, finished: bool = False) -> None:
+        """Write the state of this moment."""
+        put(self.folder, SHARED, _as_bytes(learn.state_dict() | {"finished": finished}))
+
+    def read(self) -> dict[str, Any] | None:
+        """The newest state, if there is one."""
+        try:
+            return _from_bytes(get(self.folder, SHARED))
+        except FileNotFoundError:
+            return None
 
 
 def score_of(learn: Learner) -> tuple[str, bool]:

@@ -9,6 +9,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.result import Result
 
 from cluster.failures import raise_if_final
+from cluster.runs import RESTARTS
 from cluster.runtime import is_own
 from cluster.spool import append, append_epoch
 
@@ -16,20 +17,19 @@ ABORT_SECONDS = 20.0
 
 
 class ToSpool(ray.train.UserCallback):
-    """Appends rank 0's epochs to the spool, and how often workers were replaced; the controller is on the driver's node.
+    """Appends rank 0's epochs to the spool, and how often the run went on after a break.
 
-    restarts: how often the run was gone on with before.
+    The controller runs on the driver's node. restarts: how often it did. told: how often it did by what the spool says.
     """
 
-    def __init__(self, spool: str, run: str, restarts: int = 0):
-        self.spool, self.run, self.restarts = spool, run, restarts
-        self.told = 0
+    def __init__(self, spool: str, run: str, restarts: int, told: int):
+        self.spool, self.run, self.restarts, self.told = spool, run, restarts, told
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         for values in metrics[0]["epochs"]:
             append_epoch(self.spool, self.run, values)
         if self.restarts > self.told:  # told when it went on, since the last failure may end the run
-            append(self.spool, "tag", self.run, tags={"fastray.restarts": str(self.restarts)})
+            append(self.spool, "tag", self.run, key=RESTARTS, value=str(self.restarts))
             self.told = self.restarts
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:

@@ -15,11 +15,13 @@ from typing import Any
 
 from blocks.errors import UserError
 from blocks.storage import folders, get, is_url, joined, put, shown
+from cluster.spool import read
 from training.schedule import as_words
 
 RUN_FILE = "run.json"
 VERSION = 1
 KINDS = ("train", "sweep")
+RESTARTS = "fastray.restarts"  # the tag of how often a run went on after a break
 
 
 class RunError(UserError):
@@ -85,6 +87,12 @@ def _run_in(folder: str | Path) -> Run | None:
     if not isinstance(said, dict) or said.get("version") != VERSION or said.get("kind") not in KINDS:
         raise RunError(f"{where} is not one that this version of fastray reads: it has to be of version {VERSION}")
     return Run(**{f.name: said[f.name] for f in fields(Run) if f.name in said})
+
+
+def restarts_of(spool: Path) -> int:
+    """How often the run of a spool went on after a break."""
+    told = [record["value"] for record, _ in read(spool) if record["kind"] == "tag" and record["key"] == RESTARTS]
+    return int(told[-1]) if told else 0
 
 
 def finish_run(folder: str | Path) -> None:

@@ -75,7 +75,7 @@ def _train_in(folder: Path, recipe: Recipe, workers: Workers, say: Say, recordin
             where = f"on {workers.number} workers" if workers.most else "in this process"
             how = f"going on with {run}, " if resumed else ""
             say(f"train: {how}{recipe.epochs} epoch{'s' * (recipe.epochs != 1)} {where}")
-            learn.fit(recipe.schedule, recipe.lr, on=InFolder(workers, str(folder)))
+            learn.fit(recipe.schedule, recipe.lr, on=InFolder(workers, str(folder), resumed))
             export = record_model(spool, run, folder, learn, recording)
         finish_run(folder)
     return Trained(

@@ -13,13 +13,13 @@ import torch
 
 from blocks.errors import UserError
 from blocks.storage import filesystem, is_url, shown
-from cluster.checkpoints import Checkpoints, read_state
+from cluster.checkpoints import Checkpoints, SaveHere, read_state
 from cluster.data import map_on_ray
 from cluster.failures import as_final, bringing_home, cannot_travel
 from cluster.places import places
-from cluster.runs import Run, find_run, finish_run, new_run_folder, run_name, words_of, write_run
+from cluster.runs import RESTARTS, Run, find_run, finish_run, new_run_folder, restarts_of, run_name, words_of, write_run
 from cluster.runtime import check_resources, start_ray, start_ray_meanwhile
-from cluster.spool import SPOOL, append_epoch, follow
+from cluster.spool import SPOOL, append, append_epoch, follow, read
 from training import distributed
 from training.callback import Callback
 from training.callbacks import Progress, epoch_line
@@ -109,17 +109,13 @@ class Workers:
         resume: the run to go on with, by its folder, its URL or its name in `storage`.
         """
         words = words_of({"schedule": schedule, "lr": lr})
-        if self.most == 0:
-            if resume is not None:
-                raise UserError(f"resume={resume!r}: a training in this process keeps no checkpoints to go on from")
-            learn.fit(schedule, lr)
-        elif resume is not None:
+        if resume is not None:
             folder, begun = find_run(resume, self.storage or places().storage)
             if begun.words != words:
                 raise UserError(
                     f"{resume!r} was begun with {_as_settings(begun.words)}: give it the same, not {_as_settings(words)}"
                 )
-            InFolder(self, folder).run(learn, schedule, lr, None)
+            InFolder(self, folder, resumed=True).run(learn, schedule, lr, None)
             finish_run(folder)
         elif self.storage is not None:
             folder = new_run_folder(self.storage, "fit")
@@ -127,6 +123,8 @@ class Workers:
             print(f"run: {run_name(folder)} in {shown(self.storage)}", flush=True)
             InFolder(self, folder).run(learn, schedule, lr, None)
             finish_run(folder)
+        elif self.most == 0:
+            learn.fit(schedule, lr)
         else:
             with tempfile.TemporaryDirectory(prefix="fastray-") as temporary:
                 InFolder(self, temporary, kept=False).run(learn, schedule, lr, None)
@@ -134,20 +132,21 @@ class Workers:
 
 @dataclass(frozen=True)
 class InFolder:
-    """These workers, for the run whose folder or URL this is: they go on from its newest checkpoint, where there is one.
+    """These workers, for the run whose folder or URL this is. resumed: it goes on from its newest checkpoint, if it has one.
 
     kept: the folder outlasts the run.
     """
 
     workers: Workers
     folder: str
+    resumed: bool = False
     kept: bool = True
 
     def run(self, learn: Learner, schedule: Schedule, lr: Rate, resume: str | None) -> None:
         """Train a copy of `learn` on the workers; afterwards `learn` looks as if it had trained here."""
         assert resume is None
         if self.workers.most == 0:
-            learn.fit(schedule, lr)
+            self._run_here(learn, schedule, lr)
             return
         self.workers._find_resources()
         compute_ahead(learn, schedule, map_on_ray)
@@ -160,11 +159,28 @@ class InFolder:
                 if is_url(home):  # the controller appends to the spool, and storage at a URL only takes whole files
                     home = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastray-"))
                 spool, run = Path(home, SPOOL), "run"
+            told = restarts_of(spool)
+            to_spool = {"spool": str(spool), "run": run, "restarts": told + self.resumed, "told": told}
             if any(isinstance(c, Progress) for c in learn.callbacks):
-                stack.enter_context(_printed(spool, run, total_epochs(schedule)))
+                stack.enter_context(_printed(spool, run, total_epochs(schedule), told + self.resumed))
             stack.enter_context(bringing_home(self.folder if self.kept else None))
-            state = _trained_state(self.workers, _shipped(learn), schedule, lr, self.folder, spool, run)
+            state = _trained_state(self.workers, _shipped(learn), schedule, lr, self.folder, to_spool)
         learn.load_state_dict(state)
+
+    def _run_here(self, learn: Learner, schedule: Schedule, lr: Rate) -> None:
+        saves = SaveHere(self.folder)
+        report = next((c for c in learn.callbacks if isinstance(c, SpoolReport)), None)
+        if self.resumed and report is not None:
+            append(report.path, "tag", report.run_id, key=RESTARTS, value=str(restarts_of(Path(report.path)) + 1))
+        with learn.added_callbacks(saves):
+            state = saves.read() if self.resumed else None
+            if state is None:
+                learn.fit(schedule, lr)
+            else:
+                learn.load_state_dict(state)
+                if not state["finished"]:
+                    learn.resume()
+            saves.save(learn, finished=True)
 
 
 class SpoolReport(Callback):
@@ -197,7 +213,7 @@ def _shipped(learn: Learner) -> bytes:
 
 
 def _trained_state(
-    workers: Workers, learn: bytes, schedule: Schedule, lr: Rate, folder: str, spool: Path, run: str
+    workers: Workers, learn: bytes, schedule: Schedule, lr: Rate, folder: str, to_spool: dict[str, Any]
 ) -> dict[str, Any]:
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -219,7 +235,7 @@ def _trained_state(
             name="train",
             storage_path=path,
             storage_filesystem=storage,
-            callbacks=[ToSpool(str(spool), run)],
+            callbacks=[ToSpool(**to_spool)],
             failure_config=FailureConfig(max_failures=workers.max_failures, controller_failure_limit=START_FAILURES),
             checkpoint_config=CheckpointConfig(num_to_keep=workers.keep),
         ),
@@ -252,23 +268,28 @@ def _train_loop(config: dict[str, Any]) -> None:
     else:
         state = read_state(newest, rank)
         learn.load_state_dict(state)
-        if not state["finished"]:
-            learn.resume()
+        if state["finished"]:
+            checkpoints.tell(learn)
+            return
+        learn.resume()
     checkpoints.save(learn, finished=True)
 
 
 @contextlib.contextmanager
-def _printed(spool: Path, run: str, epochs: int) -> Iterator[None]:
-    # A thread prints each epoch's line as the spool grows; an epoch that was told again after a restart, once.
+def _printed(spool: Path, run: str, epochs: int, restarts: int) -> Iterator[None]:
+    # A thread prints each epoch's line as the spool grows; what is told again after a restart was printed before.
     finished = threading.Event()
+    before = [record["step"] for record, _ in read(spool) if record["kind"] == "metrics" and record["run"] == run]
 
     def work() -> None:
-        printed = -1
+        printed = max(before, default=-1)
         for records in follow(spool, finished):
             for record in records:
                 if record["kind"] == "metrics" and record["run"] == run and record["step"] > printed:
                     printed = record["step"]
                     print(epoch_line(record["values"], epochs), flush=True)
+                elif record["kind"] == "tag" and record["key"] == RESTARTS and int(record["value"]) > restarts:
+                    print("train: workers were lost; others went on from the newest checkpoint", flush=True)
 
     thread = threading.Thread(target=work, name="fastray-progress", daemon=True)
     thread.start()

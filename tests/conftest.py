@@ -50,12 +50,30 @@ def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_running() -> Iterator[None]:
-    """One Ray of the test session's own, for the tests that need it."""
+    """One Ray of the test session's own, for the tests that need it: of four CPUs, on however many there are."""
     from cluster.runtime import start_ray, stop_ray
 
-    start_ray()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 4}')
+        start_ray()
     yield
     stop_ray()
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    """An empty S3 bucket on this machine, as a URL that carries its keys."""
+    pytest.importorskip("moto.server")
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing", "region_name": "us-east-1"}
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}", **keys).create_bucket(Bucket="shared")
+    yield f"s3://testing:testing@shared?endpoint_override=http%3A%2F%2F{host}%3A{port}&region=us-east-1"
+    server.stop()
 
 
 @pytest.fixture

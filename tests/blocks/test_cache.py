@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -313,29 +312,10 @@ def test_a_folder_of_another_user(few_digits: Path, digits_block: DataBlock, mon
 # --- at a URL ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def bucket() -> Iterator[str]:
-    """An empty S3 bucket on this machine, as a URL."""
-    pytest.importorskip("moto.server")
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing", "region_name": "us-east-1"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        boto3.client("s3", endpoint_url=f"http://{host}:{port}", **keys).create_bucket(Bucket="shared")
-        yield f"s3://shared/cache?endpoint_override=http%3A%2F%2F{host}%3A{port}&region=us-east-1"
-        server.stop()
-
-
 @pytest.fixture(params=["file", "s3"])
 def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A storage URL as the place of prepared data; what this machine copies lies below HOME."""
-    place = f"file://{tmp_path}/shared" if request.param == "file" else request.getfixturevalue("bucket")
+    place = f"file://{tmp_path}/shared" if request.param == "file" else joined(request.getfixturevalue("bucket"), "cache")
     monkeypatch.setenv("FASTRAY_CACHE", place)
     monkeypatch.setenv("HOME", str(tmp_path / "node"))
     return joined(place, HOME)
