@@ -61,6 +61,11 @@ def read(path: Path | str, position: int = 0) -> list[tuple[dict[str, Any], int]
     return records
 
 
+def name_in(path: Path | str) -> str | None:
+    """The run that began first in a spool; None where none did."""
+    return next((record["run"] for record, _ in read(path) if record["kind"] == "start"), None)
+
+
 def follow(path: Path | str, finished: threading.Event) -> Iterator[list[dict[str, Any]]]:
     """The records of a growing file, in batches as they come; ends when `finished` is set and all were given."""
     position = 0

@@ -15,7 +15,7 @@ from cluster.example import example_in, write_example
 from cluster.places import places
 from cluster.recording import ONLY_WHAT_ALWAYS_IS, Recording
 from cluster.runs import Run, finish_run, new_run_folder, words_of, write_run
-from cluster.spool import SPOOL, append
+from cluster.spool import SPOOL, append, name_in
 from cluster.tracking import Tracker, start_run
 from cluster.workers import InFolder, SpoolReport, Workers
 from training.learner import Learner
@@ -59,7 +59,8 @@ def _train_in(folder: Path, recipe: Recipe, workers: Workers, say: Say, recordin
     began = time.perf_counter()
     recipe.located()
     workers.check(recipe.batch_size)
-    spool, run = folder / SPOOL, folder.name
+    spool = folder / SPOOL
+    run = name_in(spool) or folder.name  # a copy of the folder may have another name
     with Tracker(spool, places().tracking, recipe.name, system_metrics_of=run if recording.system_metrics else "") as tracker:
         dls = prepared_data(recipe, on_ray=workers.most > 0, say=say)
         learn = new_learner(recipe, dls)
