@@ -228,6 +228,7 @@ def _trained_state(
             "schedule": schedule,
             "lr": lr,
             "generators": generators(),
+            "sync_bn": workers.sync_bn,
             "checkpoints": (folder, workers.checkpoint_steps, workers.checkpoint_minutes),
         },
         scaling_config=ScalingConfig(num_workers=workers.number, use_gpu=workers.gpu),
@@ -256,7 +257,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     learn: Learner = pickle.loads(ray.get(config["learn"]))  # noqa: S301  the driver's own, of this run
     rank, world = distributed.rank(), distributed.world()
     learn.dls = learn.dls.shard(rank, world)
-    learn.device = get_device()
+    learn.device, learn.sync_bn = get_device(), config["sync_bn"]
     checkpoints = Checkpoints(*config["checkpoints"])
     learn.add_callback(checkpoints)
     newest = ray.train.get_checkpoint()

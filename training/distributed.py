@@ -1,16 +1,34 @@
-"""Several ranks, by torch.distributed alone: who am I, sums over all ranks, BatchNorm over the rows of all."""
+"""Several ranks, by torch.distributed alone: who am I, sums and gatherings over all ranks, and how a rank leaves.
 
+All collectives of ours are here, so that none of them waits for a rank that will not come. One whose process has ended is
+noticed by its socket or its process id. One that left the training at an error (`ends_for_all`) has written so to the store
+of the process group, where a rank that has waited for a second looks. Either way the wait ends with `PeerLost`.
+
+Ranks that come to sums of different sizes get an error from shared memory; gloo itself ends a process that gets a message of
+another size, and says why.
+"""
+
+import contextlib
 import inspect
+import re
 import sys
 import weakref
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
-from training.same_host import SharedSums, shared_sums
+from training.same_host import LOOK_SECONDS, PeerLost, SharedSums, shared_sums
+
+BUCKET_BYTES = 25 * 2**20  # torch's own: worth a message, yet ready before the backward pass ends
+T = TypeVar("T", bound=Tensor)
+
+
+# --- who am I ------------------------------------------------------------------------------------------------------------
 
 
 def rank() -> int:
@@ -27,9 +45,209 @@ def _together() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def default_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# --- collectives ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Group:
+    """What this process knows of a process group. left: why it is of no more use."""
+
+    shared: SharedSums | None = None
+    left: str = ""
+
+
+# Without keeping one alive: gloo may abort a process that ends before its group has.
+_groups: weakref.WeakKeyDictionary[Any, _Group] = weakref.WeakKeyDictionary()
+
+
+def _group() -> _Group:
+    found = _groups.get(dist.group.WORLD)
+    if found is None:
+        found = _groups[dist.group.WORLD] = _Group()
+        if world() > 1 and dist.get_backend() == "gloo":
+            found.shared = shared_sums(rank(), world(), gather)
+    if found.left:
+        raise PeerLost(f"{found.left}; to train again, start all ranks again")
+    return found
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of `x` over all ranks, on each of them. Every rank must call it."""
+    if not _together():
+        return x
+    nccl = dist.get_backend() == "nccl"  # it knows GPU memory only
+    total = x.detach().to("cuda" if nccl else x.device, copy=True, memory_format=torch.contiguous_format)
+    add_over_ranks(total)
+    return total.to(x.device)
+
+
+def add_over_ranks(x: Tensor) -> None:
+    """Make a contiguous `x` the sum over all ranks, in place: through shared memory where all ranks are on one machine."""
+    work = begin_sum(x)
+    if work is not None:
+        work.wait()
+
+
+def begin_sum(x: Tensor) -> "Begun | None":
+    """`add_over_ranks` that need not be over yet: `wait()` for what comes back, None where it is."""
+    shared = _group().shared
+    if shared is None or x.device.type != "cpu":
+        with _peers():
+            return Begun(dist.all_reduce(x, async_op=True))
+    shared.add(x, _look)
+    return None
+
+
+def gather(value: Any) -> list[Any]:
+    """Each rank's `value`, plain data of any size, in the order of the ranks, on all of them. Every rank must call it."""
+    if not _together():
+        return [value]
+    _meet()
+    found: list[Any] = [None] * world()
+    with _peers():
+        dist.all_gather_object(found, value)
+    return found
+
+
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
+    """Make each of `tensors` what it is on rank 0. Every rank must call it, with tensors of the same shapes and dtypes."""
+    if not _together():
+        return
+    _meet()
+    with torch.no_grad(), _peers():
+        for alike in buckets_of(list(tensors)):
+            flat = torch.cat([t.detach().reshape(-1) for t in alike])
+            dist.broadcast(flat, src=0)
+            for t, part in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
+                t.data.copy_(part.view(t.shape))
+
+
+def average_buffers(model: nn.Module) -> None:
+    """Make the model's buffers equal on all ranks: running statistics their mean, counters rank 0's."""
+    if not _together():
+        return
+    floats = [b for b in model.buffers() if b.is_floating_point()]
+    if floats:
+        mean = sum_over_ranks(torch.cat([b.flatten() for b in floats])) / world()
+        for buffer, part in zip(floats, mean.split([b.numel() for b in floats]), strict=True):
+            buffer.copy_(part.view_as(buffer))
+    counters = [b for b in model.buffers() if not b.is_floating_point()]
+    if counters:
+        copy_from_first(counters)
+
+
+def buckets_of(tensors: Sequence[T]) -> list[list[T]]:
+    """`tensors` in their order, in pieces of one dtype and device and of at most `BUCKET_BYTES`, or one tensor."""
+    pieces: list[list[T]] = []
+    for t in tensors:
+        last = pieces[-1] if pieces else []
+        alike = bool(last) and (last[0].dtype, last[0].device) == (t.dtype, t.device)
+        if alike and sum(other.nbytes for other in last) + t.nbytes <= BUCKET_BYTES:
+            last.append(t)
+        else:
+            pieces.append([t])
+    return pieces
+
+
+def _meet() -> None:
+    # Before a collective of torch's that waits as long as it takes: here, nobody waits for a rank that will not come.
+    sum_over_ranks(torch.zeros(1))
+
+
+# --- waiting -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Begun:
+    """A sum that has begun."""
+
+    work: Any
+
+    def wait(self) -> None:
+        """Return when it is over. PeerLost when it never will be."""
+        if dist.get_backend() != "gloo":  # nccl's wait is the GPU's, and has a watchdog
+            with _peers():
+                self.work.wait()
+            return
+        while True:
+            try:
+                with _peers():
+                    self.work.wait(timedelta(seconds=LOOK_SECONDS))
+                return
+            except RuntimeError:
+                if self.work.is_completed():
+                    raise
+            _look()
+
+
+# How gloo says that a socket's other end has gone.
+GONE = re.compile("connection|closed by peer|reset by peer|broken pipe|timed out|socket", re.IGNORECASE)
+LEFT = "fastray/left"
+
+
+@contextlib.contextmanager
+def _peers() -> Iterator[None]:
+    # Around torch's collectives.
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or GONE.search(str(error)):
+            why = _who_left() or f"rank {rank()} has lost another rank: {str(error).splitlines()[0]}"
+            raise PeerLost(why) from error
+        raise
+
+
+def _who_left() -> str:
+    with contextlib.suppress(RuntimeError):  # the store is on one of the ranks, which may have gone as well
+        store = _store()
+        if store.check([LEFT]):
+            return store.get(LEFT).decode()
+    return ""
+
+
+def _look() -> None:
+    why = _who_left()
+    if why:
+        raise PeerLost(why)
+
+
+def _store() -> Any:
+    return dist.group.WORLD.get_group_store()  # type: ignore[union-attr]
+
+
+# --- leaving -------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def ends_for_all() -> Iterator[None]:
+    """Around what all ranks do together, as a decorator too: at an exception that ends it here, it ends on all of them.
+
+    The others raise PeerLost, where they next wait for this rank. Collectives that had begun are never finished, so the
+    process group is of no use any more: further ones raise PeerLost at once.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if world() > 1:
+            _give_up(error)
+        raise
+
+
+def _give_up(error: BaseException) -> None:
+    group = _groups.setdefault(dist.group.WORLD, _Group())
+    group.left = group.left or f"rank {rank()} has left the training at {type(error).__name__}: {error}"
+    with contextlib.suppress(RuntimeError):  # the rank with the store has gone: then the others notice that
+        _store().compare_set(LEFT, "", group.left)  # the first to leave is the cause
+
+
 def leave() -> None:
     """Leave the process group when all ranks have come to this point; this process can then end. Every rank must call it."""
-    dist.barrier()
+    _meet()
     dist.destroy_process_group()
     let_go_of_the_group()
 
@@ -45,169 +263,3 @@ def let_go_of_the_group() -> None:
         defaults = function.__defaults__ or ()
         if any(isinstance(value, dist.ProcessGroup) for value in defaults):
             function.__defaults__ = tuple(None if isinstance(value, dist.ProcessGroup) else value for value in defaults)
-
-
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of `x` over all ranks, on each of them. Every rank must call it."""
-    if not _together():
-        return x
-    total = x.to("cuda") if dist.get_backend() == "nccl" else x.clone()  # nccl knows GPU memory only
-    dist.all_reduce(total)
-    return total.to(x.device)
-
-
-# By process group, without keeping one alive: gloo aborts a process that ends before its group has.
-_shared: weakref.WeakKeyDictionary[Any, SharedSums | None] = weakref.WeakKeyDictionary()
-
-
-def _shared_by_ranks() -> SharedSums | None:
-    group = dist.group.WORLD
-    if group not in _shared:
-        _shared[group] = shared_sums()
-    return _shared[group]
-
-
-def add_over_ranks(x: Tensor) -> None:
-    """Make a contiguous `x` the sum over all ranks, in place: through shared memory where all ranks are on one machine."""
-    shared = _shared_by_ranks() if x.dtype is torch.float32 and x.device.type == "cpu" else None
-    if shared is None:
-        dist.all_reduce(x)
-    else:
-        shared.add(x)
-
-
-def begin_sum(x: Tensor) -> Any:
-    """`add_over_ranks` that need not be over yet: `wait()` for what comes back, None where it is."""
-    if _shared_by_ranks() is None or x.dtype is not torch.float32 or x.device.type != "cpu":
-        return dist.all_reduce(x, async_op=True)
-    add_over_ranks(x)
-    return None
-
-
-def gather(value: Any) -> list[Any]:
-    """Each rank's `value`, plain data of any size, in the order of the ranks, on all of them. Every rank must call it."""
-    if not _together():
-        return [value]
-    found: list[Any] = [None] * world()
-    dist.all_gather_object(found, value)
-    return found
-
-
-def over_ranks(model: nn.Module) -> bool:
-    """Have the BatchNorm layers of `model` take the statistics of the global batch, until `alone_again`; are there any?"""
-    for module in model.modules():
-        if type(module) in _GLOBAL:
-            module.__class__ = _GLOBAL[type(module)]
-    return any(isinstance(module, _OverRanks) for module in model.modules())
-
-
-def alone_again(model: nn.Module) -> None:
-    """Undo `over_ranks`: the model's normalisation layers are torch's own again."""
-    for module in model.modules():
-        if isinstance(module, _OverRanks):
-            module.__class__ = next(own for own, over in _GLOBAL.items() if over is type(module))
-
-
-_rows_are_borrowed = False
-
-
-def borrow_rows(borrowed: bool) -> None:
-    """Whether the rows of this rank's batch only keep it in step, and are to leave the batch statistics alone."""
-    global _rows_are_borrowed
-    _rows_are_borrowed = borrowed
-
-
-class _OverRanks(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm with the statistics of the global batch. Torch's SyncBatchNorm does so on GPUs only."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.track_running_stats:
-            return super().forward(x)
-        # In half precision sums over a batch would be too coarse.
-        y, mean, var, count = _Normalised.apply(x.float(), self.weight, self.bias, self.eps, _rows_are_borrowed)
-        with torch.no_grad():
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            assert self.num_batches_tracked is not None
-            self.num_batches_tracked += 1
-            share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean, share)
-            self.running_var.lerp_(var * (count / (count - 1).clamp(min=1)), share)
-        return y.to(x.dtype)
-
-
-class _OverRanks1d(_OverRanks, nn.BatchNorm1d):
-    pass
-
-
-class _OverRanks2d(_OverRanks, nn.BatchNorm2d):
-    pass
-
-
-class _OverRanks3d(_OverRanks, nn.BatchNorm3d):
-    pass
-
-
-_GLOBAL: dict[type, type] = {nn.BatchNorm1d: _OverRanks1d, nn.BatchNorm2d: _OverRanks2d, nn.BatchNorm3d: _OverRanks3d}
-
-
-class _Normalised(torch.autograd.Function):
-    """Normalisation by the mean and variance over all ranks' rows, and its gradient: one collective each way."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, borrowed: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dims = [0, *range(2, x.ndim)]
-        # Each rank's own mean and variance: a mean square less a squared mean would lose a spread that is small beside it.
-        own_mean = x.mean(dims)
-        deviations = x - own_mean.view(1, -1, *(1 for _ in range(x.ndim - 2)))
-        parts = x.new_zeros(world(), 2 * x.shape[1] + 1)
-        if not borrowed:
-            rows = x.new_tensor([x.numel() / x.shape[1]])
-            parts[rank()] = torch.cat([own_mean, deviations.square_().mean(dims), rows])
-        add_over_ranks(parts)
-        means, variances, counts = parts.split([x.shape[1], x.shape[1], 1], dim=1)
-        count = counts.sum()
-        mean = (means * counts).sum(0) / count
-        var = ((variances + (means - mean).square()) * counts).sum(0) / count
-        ctx.borrowed = borrowed
-        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), count)
-        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var, count
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
-        x, weight, mean, inverse, count = ctx.saved_tensors
-        dims, shape = [0, *range(2, x.ndim)], (1, -1, *(1 for _ in range(x.ndim - 2)))
-        d_bias = dy.sum(dims)
-        d_weight = ((dy * x).sum(dims) - mean * d_bias) * inverse
-        sums = torch.cat([d_bias, d_weight])
-        add_over_ranks(sums)
-        if ctx.borrowed:
-            sums.zero_()  # the statistics do not depend on these rows
-        by_bias, by_weight = (sums / count).chunk(2)
-        scale = inverse if weight is None else inverse * weight
-        # (dy - by_bias - normalised * by_weight) * scale, with as few passes over the whole tensor as it takes.
-        of_x = -by_weight * inverse * scale
-        rest = -by_bias * scale - of_x * mean
-        dx = torch.addcmul(rest.view(shape), dy, scale.view(shape)).addcmul_(x, of_x.view(shape))
-        return dx, None if weight is None else d_weight, None if weight is None else d_bias, None, None
-
-
-def average_buffers(model: nn.Module) -> None:
-    """Make the model's buffers equal on all ranks: running statistics their mean, counters rank 0's."""
-    if not _together():
-        return
-    floats = [b for b in model.buffers() if b.is_floating_point()]
-    if floats:
-        mean = sum_over_ranks(torch.cat([b.flatten() for b in floats])) / world()
-        for buffer, part in zip(floats, mean.split([b.numel() for b in floats]), strict=True):
-            buffer.copy_(part.view_as(buffer))
-    for buffer in model.buffers():
-        if not buffer.is_floating_point():
-            dist.broadcast(buffer, src=0)
-
-
-def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

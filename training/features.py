@@ -34,7 +34,7 @@ from blocks.shards import FixedColumn, fixed_column
 from blocks.splits import TRAIN, VALID
 from blocks.tensors import as_plain
 from blocks.transform import Pipeline, RandTransform
-from training import distributed
+from training import batchnorm, distributed
 from training.callback import Callback
 from training.layers import AdaptiveConcatPool2d
 from training.mixed_precision import ChannelsLast, MixedPrecision
@@ -190,7 +190,7 @@ def features_of(learn: "Learner", phase: "Phase", map_work: MapWork = map_here) 
     still = not (learn.train_bn if phase.train_bn is None else phase.train_bn)
     mixed = next((c for c in learn.callbacks if isinstance(c, MixedPrecision)), None)
     model = copy.deepcopy(learn.model).eval()
-    distributed.alone_again(model)
+    batchnorm.undo(model)
     frozen = FrozenPart(
         model=model,
         cut=cut,

@@ -135,6 +135,7 @@ class Learner:
         self.device = device or distributed.default_device()
         self._opt: torch.optim.Optimizer | None = None
         self._ranks: Ranks | None = None
+        self.sync_bn = True  # on several ranks: see `Ranks`
         self._features: Features | None = None  # of the phase, where it caches them
         self.recorder = Recorder()
         self.callbacks: list[Callback] = []
@@ -428,6 +429,7 @@ class Learner:
 
     # --- the loop ------------------------------------------------------------------------------------------------------
 
+    @distributed.ends_for_all()
     def _run(self) -> None:
         self.n_epoch = total_epochs(self.schedule)
         self.epoch = self.position.epochs_before(self.schedule)
@@ -435,7 +437,7 @@ class Learner:
         if distributed.world() > 1:
             from training.ranks import Ranks
 
-            self._ranks = Ranks(self.model)
+            self._ranks = Ranks(self.model, self.sync_bn)
         off = [c for c in self.callbacks if not c.run]
         try:
             self._all_phases()
@@ -688,6 +690,7 @@ class Learner:
 
     # --- results -------------------------------------------------------------------------------------------------------
 
+    @distributed.ends_for_all()
     def validate(self, dl: Iterable[Any] | None = None) -> dict[str, float]:
         """Loss and metrics over the validation part, or `dl`, by name."""
         self._to_device()

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from training import batchnorm
 from training.callback import (
     CancelBackwardException,
     CancelBatchException,
@@ -30,7 +30,7 @@ from training.callback import (
     CancelTrainException,
     CancelValidException,
 )
-from training.distributed import alone_again, begin_sum, borrow_rows, let_go_of_the_group, over_ranks, sum_over_ranks
+from training.distributed import begin_sum, buckets_of, copy_from_first, let_go_of_the_group, rank, sum_over_ranks
 
 # The weakest first.
 CANCELS: tuple[type[CancelException], ...] = (
@@ -43,7 +43,6 @@ CANCELS: tuple[type[CancelException], ...] = (
     CancelFitException,
 )
 WITHIN_A_BATCH = CANCELS[:3]
-BUCKET_BYTES = 25 * 2**20  # torch's own: worth a message, yet ready before the backward pass ends
 
 
 @dataclass
@@ -66,9 +65,13 @@ class _Bucket:
 
 
 class Ranks:
-    """This rank's side of a training of `model` on all ranks, from its making to its `end`. Every rank makes one."""
+    """This rank's side of a training of `model` on all ranks, from its making to its `end`. Every rank makes one.
 
-    def __init__(self, model: nn.Module):
+    sync_bn: BatchNorm takes the statistics of the global batch; else of each rank's rows, which is faster and other than what
+    one process does.
+    """
+
+    def __init__(self, model: nn.Module, sync_bn: bool = True):
         self.model = model
         self.parameters = list(model.parameters())
         self.votes = torch.zeros(len(CANCELS))
@@ -80,27 +83,26 @@ class Ranks:
         self._launched = 0
         self._rides: Tensor = self.votes
         self._hooks: dict[nn.Parameter, Any] = {}
+        normalised = batchnorm.over_ranks(model, sync_bn)
+        _say_once(batchnorm.in_words(model, sync_bn))
         # BatchNorm sums in the backward pass, too. Collectives are matched by order: a bucket that is ready early on one rank
         # and late on another, which has no use for one of its parameters, would meet the sum of a layer.
-        self._waits = over_ranks(model)
-        for tensor in (*self.parameters, *model.buffers()):
-            first = tensor.detach().contiguous()
-            dist.broadcast(first, src=0)
-            tensor.data.copy_(first)
+        self._waits = sync_bn and normalised
+        copy_from_first([*self.parameters, *model.buffers()])
 
     def end(self) -> None:
         """Leave the model as it was."""
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
-        borrow_rows(False)
-        alone_again(self.model)
+        batchnorm.borrow_rows(False)
+        batchnorm.undo(self.model)
         let_go_of_the_group()
 
     def begin_batch(self, training: bool, borrowed: bool) -> None:
         """A batch was drawn. borrowed: its rows are another rank's, here only to stay in step."""
         self.owes_gradients = training
-        borrow_rows(borrowed)
+        batchnorm.borrow_rows(borrowed)
 
     # --- agreement -----------------------------------------------------------------------------------------------------
 
@@ -175,15 +177,10 @@ class Ranks:
 
     def _new_layout(self, parameters: Sequence[nn.Parameter]) -> list[_Bucket]:
         # From the last parameter to the first, about the order in which the backward pass reaches them.
-        groups: list[list[nn.Parameter]] = [[]]
-        for p in reversed(parameters):
+        for p in parameters:
             if p not in self._hooks:
                 self._hooks[p] = p.register_post_accumulate_grad_hook(self._arrived)
-            last = groups[-1]
-            alike = not last or (last[0].dtype, last[0].device) == (p.dtype, p.device)
-            if last and not (alike and sum(q.nbytes for q in last) + p.nbytes <= BUCKET_BYTES):
-                groups.append([])
-            groups[-1].append(p)
+        groups = buckets_of(list(reversed(parameters))) or [[]]  # what rides needs one
         buckets = []
         for number, group in enumerate(groups):
             like = group[0] if group else self.votes
@@ -220,6 +217,15 @@ class Ranks:
                     p.grad = torch.empty_like(p)
                 if p.grad is not None:
                     torch.div(view, total, out=p.grad)
+
+
+_said: set[str] = set()
+
+
+def _say_once(words: str) -> None:
+    if words and rank() == 0 and words not in _said:
+        _said.add(words)
+        print(words, flush=True)
 
 
 def _raise_strongest(votes: Tensor) -> None:

@@ -1,12 +1,6 @@
-"""Every metric against scikit-learn (or a formula) over all rows, for any split into batches and over two ranks.
-
-Run as a program, this file is one of the ranks.
-"""
+"""Every metric against scikit-learn (or a formula) over all rows, for any split into batches and over two ranks."""
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as skm
 from torch import Tensor
 
-from training import distributed
 from training import metrics as ours
 from training.metrics import Metric, MetricFunction, as_metric, values_over_ranks
+
+from .several_ranks import on_ranks
 
 ROWS = 23
 RNG = np.random.default_rng(0)
@@ -281,34 +275,11 @@ def test_what_does_not_fit_is_said() -> None:
 SHARES = ([[slice(0, 5), slice(5, 6)], [slice(6, ROWS)]], [[], [slice(0, ROWS)]])
 
 
-def be_a_rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
-    found = []
-    for shares in SHARES:
-        for name in CASES:
-            found.append([name, *values_over_ranks([accumulated(name, shares[rank])]).values()])
-    torch.save(found, folder / f"rank{rank}.pt")
-    distributed.leave()
+@on_ranks(2)
+def all_metrics(rank: int, world: int) -> list[list[Any]]:
+    return [[name, *values_over_ranks([accumulated(name, shares[rank])]).values()] for shares in SHARES for name in CASES]
 
 
-def test_two_ranks_give_what_one_gives(tmp_path: Path) -> None:
-    running = []
-    for rank in range(2):
-        command = [sys.executable, "-W", "error", __file__, str(rank), str(tmp_path)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        running.append(subprocess.Popen(command, env=environment, text=True, **pipes))
-    try:
-        said = [process.communicate(timeout=120)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0], "\n".join(said)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+def test_two_ranks_give_what_one_gives(ranks_found: Any) -> None:
+    for found in ranks_found(all_metrics, 2):
         assert found == [[name, pytest.approx(truth(name), rel=1e-6, abs=1e-9)] for _ in SHARES for name in CASES]
-
-
-if __name__ == "__main__":
-    be_a_rank(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,18 +1,13 @@
 """Two and three ranks against one process: gradients, losses of any denominator, borrowed rows, agreement, going on.
 
-Each rank is a process of its own that runs the same jobs in turn; the tests read what they found.
+The ranks run the scenarios together (`several_ranks`); the tests read what they found.
 """
 
 import io
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from blocks import DataLoaders
@@ -35,10 +30,10 @@ from training import (
     body_and_head,
     distributed,
     gan,
-    ranks,
 )
 
-WORLDS = (2, 3)
+from .several_ranks import WORLDS, on_ranks
+
 SGD = torch.optim.SGD
 Results = dict[str, Any]
 
@@ -92,6 +87,7 @@ def found(learn: Learner, **more: Any) -> Results:
 # --- jobs that end as in one process -------------------------------------------------------------------------------------
 
 
+@on_ranks(*WORLDS)
 def forty_steps(rank: int, world: int) -> Results:
     """A prime number of rows in batches of 32: the last batch has one row, which all ranks but one must do without."""
     learn = learner(rank, world, metrics=accuracy)
@@ -99,12 +95,14 @@ def forty_steps(rank: int, world: int) -> Results:
     return found(learn)
 
 
+@on_ranks(*WORLDS)
 def freezing(rank: int, world: int) -> Results:
     learn = learner(rank, world, splitter=body_and_head)
     learn.fine_tune(2, 0.2)
     return found(learn)
 
 
+@on_ranks(*WORLDS)
 def batch_statistics_without_the_borrowed_row(rank: int, world: int) -> Results:
     learn = learner(rank, world, normalised())
     learn.dls.train.pop(-2)
@@ -118,6 +116,7 @@ def batch_statistics_without_the_borrowed_row(rank: int, world: int) -> Results:
     return found(learn)
 
 
+@on_ranks(*WORLDS)
 def half_precision(rank: int, world: int) -> Results:
     learn = learner(rank, world, normalised()).to_bf16()
     learn.dls.train.pop()  # one row has no variance
@@ -125,6 +124,7 @@ def half_precision(rank: int, world: int) -> Results:
     return found(learn)
 
 
+@on_ranks(*WORLDS)
 def weighted_classes(rank: int, world: int) -> Results:
     """The mean of this loss is over the weights of the targets, not over rows."""
     learn = learner(rank, world, loss_func=CrossEntropyLossFlat(weight=[1.0, 5.0, 0.5], ignore_index=2))
@@ -148,12 +148,14 @@ class Branching(nn.Module):
         return y
 
 
+@on_ranks(*WORLDS)
 def parameters_that_not_every_rank_uses(rank: int, world: int) -> Results:
     learn = learner(rank, world, Branching())
     learn.fit(2)
     return found(learn, never=learn.model.never.weight.grad is None)
 
 
+@on_ranks(*WORLDS)
 def accumulating(rank: int, world: int) -> Results:
     class EverySecond(Callback):
         def before_step(self, learn: Learner) -> None:
@@ -165,6 +167,7 @@ def accumulating(rank: int, world: int) -> Results:
     return found(learn)
 
 
+@on_ranks(*WORLDS)
 def accumulating_and_clipping(rank: int, world: int) -> Results:
     learn = learner(
         rank, world, callbacks=[GradientAccumulation(64), GradientClip(0.05), EarlyStopping("train/loss", patience=3)]
@@ -173,6 +176,7 @@ def accumulating_and_clipping(rank: int, world: int) -> Results:
     return found(learn)
 
 
+@on_ranks(*WORLDS)
 def two_nets_that_take_turns(rank: int, world: int) -> Results:
     """A GAN, whose noise follows from the samples' keys."""
     torch.manual_seed(3)
@@ -247,6 +251,12 @@ def cancelled(rank: int, world: int, error: type[Exception], event: str, in_vali
     return found(learn, cancelled=one.cancelled)
 
 
+@on_ranks(*WORLDS)
+def all_cancelled(rank: int, world: int) -> list[Results]:
+    return [cancelled(rank, world, *case) for case in CANCELS]
+
+
+@on_ranks(*WORLDS)
 def stops_at_nan(rank: int, world: int) -> Results:
     """A loss that is NaN on one rank only stops all before it reaches a weight."""
 
@@ -264,6 +274,7 @@ def stops_at_nan(rank: int, world: int) -> Results:
 # --- going on ------------------------------------------------------------------------------------------------------------
 
 
+@on_ranks(*WORLDS)
 def finds_rates(rank: int, world: int) -> Results:
     learn = learner(rank, world)
     before = found(learn)["weights"]
@@ -287,9 +298,10 @@ class KeepState(Callback):
                 torch.save(learn.state_dict(), self.kept.setdefault(self.steps, io.BytesIO()))
 
 
+@on_ranks(*WORLDS)
 def goes_on(rank: int, world: int) -> Results:
     """With buckets so small that there are several."""
-    size, ranks.BUCKET_BYTES = ranks.BUCKET_BYTES, 200
+    size, distributed.BUCKET_BYTES = distributed.BUCKET_BYTES, 200
     unbroken = learner(rank, world, normalised(), splitter=body_and_head, callbacks=[KeepState()])
     unbroken.dls.train.pop()  # one row has no variance
     unbroken.fine_tune(3, 0.2)
@@ -301,57 +313,16 @@ def goes_on(rank: int, world: int) -> Results:
         fresh.load_state_dict(torch.load(file, weights_only=True))
         fresh.resume()
         ends.append(found(fresh))
-    ranks.BUCKET_BYTES = size
+    distributed.BUCKET_BYTES = size
     return {"unbroken": found(unbroken), "ends": ends}
 
 
-# --- processes -----------------------------------------------------------------------------------------------------------
-
-
-def run_all(rank: int, world: int) -> dict[str, Any]:
-    results: dict[str, Any] = {
-        job.__name__: job(rank, world) for job in (*SAME, half_precision, finds_rates, stops_at_nan, goes_on)
-    }
-    results["cancels"] = [cancelled(rank, world, *case) for case in CANCELS]
-    return results
-
-
-def be_a_rank(rank: int, folder: Path) -> None:
-    """In one group after the other, those that have this rank: starting a process costs more than all jobs."""
-    torch.set_num_threads(1)
-    for world in WORLDS:
-        if rank < world:
-            dist.init_process_group("gloo", init_method=f"file://{folder / f'meeting{world}'}", rank=rank, world_size=world)
-            torch.save(run_all(rank, world), folder / f"{rank}of{world}.pt")
-            distributed.leave()
-
-
-@pytest.fixture(scope="module")
-def found_by(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """What each rank found, by the number of ranks; every warning was an error."""
-    folder = tmp_path_factory.mktemp("ranks")
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", __file__, str(rank), str(folder)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(max(WORLDS))
-    ]
-    try:
-        said = [process.communicate(timeout=240)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0] * len(running), "\n".join(said)
-    return {world: [torch.load(folder / f"{r}of{world}.pt", weights_only=True) for r in range(world)] for world in WORLDS}
+# --- the tests -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    return {job.__name__: job(0, 1) for job in SAME} | {"cancels": [cancelled(0, 1, *case) for case in CANCELS]}
+    return {job.__name__: job(0, 1) for job in SAME} | {"cancels": all_cancelled(0, 1)}
 
 
 def assert_near(one: Any, other: Any, atol: float) -> None:
@@ -364,34 +335,36 @@ each_world = pytest.mark.parametrize("world", WORLDS)
 
 
 @each_world
-@pytest.mark.parametrize("job", [job.__name__ for job in SAME])
-def test_ranks_end_as_one_process(job: str, world: int, found_by: Any, alone: Any) -> None:
-    for rank in found_by[world]:
-        assert_near(rank[job]["weights"], alone[job]["weights"], atol=1e-5)
-        assert len(rank[job]["history"]) == len(alone[job]["history"])
-        for mine, one in zip(rank[job]["history"], alone[job]["history"], strict=True):
+@pytest.mark.parametrize("job", SAME)
+def test_ranks_end_as_one_process(job: Any, world: int, ranks_found: Any, alone: Any) -> None:
+    expected = alone[job.__name__]
+    for rank in ranks_found(job, world):
+        assert_near(rank["weights"], expected["weights"], atol=1e-5)
+        assert len(rank["history"]) == len(expected["history"])
+        for mine, one in zip(rank["history"], expected["history"], strict=True):
             assert mine == pytest.approx(one, rel=1e-4, abs=1e-6)
 
 
 @each_world
-def test_ranks_end_with_the_same_bits(world: int, found_by: Any) -> None:
-    first, *others = found_by[world]
-    for other in others:
-        for job in SAME:
-            assert_near(other[job.__name__]["weights"], first[job.__name__]["weights"], atol=0)
+def test_ranks_end_with_the_same_bits(world: int, ranks_found: Any) -> None:
+    for job in SAME:
+        first, *others = ranks_found(job, world)
+        for other in others:
+            assert_near(other["weights"], first["weights"], atol=0)
 
 
 @each_world
-def test_half_precision_is_as_close_as_half_precision_can_be(world: int, found_by: Any) -> None:
+def test_half_precision_is_as_close_as_half_precision_can_be(world: int, ranks_found: Any) -> None:
     alone = half_precision(0, 1)
-    for rank in found_by[world]:
-        assert_near(rank["half_precision"]["weights"], found_by[world][0]["half_precision"]["weights"], atol=0)
-        assert_near(rank["half_precision"]["weights"], alone["weights"], atol=5e-3)
+    first, *others = ranks_found(half_precision, world)
+    assert_near(first["weights"], alone["weights"], atol=5e-3)
+    for other in others:
+        assert_near(other["weights"], first["weights"], atol=0)
 
 
 @each_world
-def test_a_parameter_that_no_rank_uses_has_no_gradient(world: int, found_by: Any) -> None:
-    assert all(rank["parameters_that_not_every_rank_uses"]["never"] for rank in found_by[world])
+def test_a_parameter_that_no_rank_uses_has_no_gradient(world: int, ranks_found: Any) -> None:
+    assert all(rank["never"] for rank in ranks_found(parameters_that_not_every_rank_uses, world))
 
 
 # Within a batch, after the gradients are summed, the others are told with the next ones: they have stepped by then.
@@ -400,9 +373,9 @@ LATER = ("after_backward", "before_step")
 
 @each_world
 @pytest.mark.parametrize("case", range(len(CANCELS)), ids=[f"{e.__name__}-{event}" for e, event, _ in CANCELS])
-def test_what_one_rank_cancels_all_do(case: int, world: int, found_by: Any, alone: Any) -> None:
+def test_what_one_rank_cancels_all_do(case: int, world: int, ranks_found: Any, alone: Any) -> None:
     error, event, _ = CANCELS[case]
-    ends = [rank["cancels"][case] for rank in found_by[world]]
+    ends = [rank[case] for rank in ranks_found(all_cancelled, world)]
     first, *others = ends
     part = error.__name__.removeprefix("Cancel").removesuffix("Exception").lower().replace("valid", "validate")
     assert [name.split()[0] for name in first["cancelled"]] == [f"after_cancel_{part}"]
@@ -416,30 +389,26 @@ def test_what_one_rank_cancels_all_do(case: int, world: int, found_by: Any, alon
 
 
 @each_world
-def test_ranks_find_the_rates_of_one_process(world: int, found_by: Any) -> None:
+def test_ranks_find_the_rates_of_one_process(world: int, ranks_found: Any) -> None:
     alone = finds_rates(0, 1)
-    for rank in found_by[world]:
-        assert rank["finds_rates"]["losses"] == pytest.approx(alone["losses"], rel=1e-4)
-        assert rank["finds_rates"]["suggested"] == pytest.approx(alone["suggested"])
-        assert_near(rank["finds_rates"]["weights"], rank["finds_rates"]["before"], atol=0)
+    for rank in ranks_found(finds_rates, world):
+        assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        assert rank["suggested"] == pytest.approx(alone["suggested"])
+        assert_near(rank["weights"], rank["before"], atol=0)
 
 
 @each_world
-def test_nan_on_one_rank_stops_all_before_the_step(world: int, found_by: Any) -> None:
-    for rank in found_by[world]:
-        assert all(torch.isfinite(w).all() for w in rank["stops_at_nan"]["weights"].values())
-        assert rank["stops_at_nan"]["history"] == []
+def test_nan_on_one_rank_stops_all_before_the_step(world: int, ranks_found: Any) -> None:
+    for rank in ranks_found(stops_at_nan, world):
+        assert all(torch.isfinite(w).all() for w in rank["weights"].values())
+        assert rank["history"] == []
 
 
 @each_world
-def test_ranks_go_on_with_the_bits_of_the_unbroken_run(world: int, found_by: Any) -> None:
-    for rank in found_by[world]:
-        unbroken = rank["goes_on"]["unbroken"]
-        assert len(rank["goes_on"]["ends"]) == 3
-        for end in rank["goes_on"]["ends"]:
+def test_ranks_go_on_with_the_bits_of_the_unbroken_run(world: int, ranks_found: Any) -> None:
+    for rank in ranks_found(goes_on, world):
+        unbroken = rank["unbroken"]
+        assert len(rank["ends"]) == 3
+        for end in rank["ends"]:
             assert_near(end["weights"], unbroken["weights"], atol=0)
             assert end["history"] == unbroken["history"]
-
-
-if __name__ == "__main__":
-    be_a_rank(int(sys.argv[1]), Path(sys.argv[2]))

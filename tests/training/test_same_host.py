@@ -1,79 +1,87 @@
-"""Sums through shared memory: the same bits on each rank, tensors longer than a slot, and a rank that dies."""
+"""Sums through shared memory: the same bits on each rank, tensors longer than a slot, and sums that differ."""
 
-import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch import Tensor
 
 from training import distributed, same_host
-from training.distributed import add_over_ranks
 
-LENGTHS = (1, 7, 1000, same_host.SLOT + 3)
+from .several_ranks import WORLDS, on_ranks
 
+pytestmark = pytest.mark.skipif(not same_host.ORDERED, reason="sums go through gloo on this processor")
 
-def join(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
-
-
-def of_rank(rank: int, length: int) -> torch.Tensor:
-    return torch.randn(length, generator=torch.Generator().manual_seed(rank * 1000 + length % 997))
+CASES = [
+    (length, dtype)
+    for dtype in (torch.float32, torch.float64, torch.int64, torch.bfloat16)
+    for length in (1, 7, 1000, same_host.SLOT // 4 + 3)
+]
 
 
-def sum_on(rank: int, world: int, folder: str) -> None:
-    join(rank, world, folder)
-    before = set(os.listdir("/dev/shm"))
-    sums = same_host.shared_sums()
-    assert sums is not None
+def of_rank(rank: int, length: int, dtype: torch.dtype) -> Tensor:
+    x = 100 * torch.randn(length, generator=torch.Generator().manual_seed(rank * 1000 + length % 997))
+    return x.to(dtype)
+
+
+def no_look() -> None:
+    """Nobody leaves."""
+
+
+@on_ranks(*WORLDS)
+def sums(rank: int, world: int) -> list[Tensor]:
+    shared = same_host.shared_sums(rank, world, distributed.gather)
+    assert shared is not None
     found = []
-    for _ in range(3):  # slots are written again
-        for length in LENGTHS:
-            x = of_rank(rank, length)
-            sums.add(x)
+    for _ in range(2):  # slots are written again
+        for length, dtype in CASES:
+            x = of_rank(rank, length, dtype)
+            shared.add(x, no_look)
             found.append(x)
-    torch.save(found, Path(folder, f"{rank}.pt"))
-    assert not {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("fastray-")}
-    distributed.leave()
+    # The file has no name any more: it lasts as long as the processes that use it.
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm/fastray-" in line]
+    assert mapped
+    assert all(line.endswith("(deleted)") for line in mapped)
+    return found
 
 
-@pytest.mark.skipif(not same_host.ORDERED, reason="sums go through gloo on this processor")
-@pytest.mark.parametrize("world", [2, 3])
-def test_sums_have_the_same_bits_on_each_rank(world: int, tmp_path: Path) -> None:
-    mp.spawn(sum_on, args=(world, str(tmp_path)), nprocs=world)
-    first, *others = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+@on_ranks(2)
+def sizes_that_differ(rank: int, world: int) -> list[str]:
+    """In the first part they are as long as each other."""
+    found = []
+    for mine, theirs in ((3, 5), (same_host.SLOT, same_host.SLOT // 4)):
+        shared = same_host.shared_sums(rank, world, distributed.gather)
+        assert shared is not None
+        x = torch.zeros(mine if rank == 0 else theirs)
+        with pytest.raises(RuntimeError, match="sums of different sizes") as raised:
+            shared.add(x, no_look)
+        assert not x.any()
+        found.append(str(raised.value))
+    return found
+
+
+@on_ranks(2)
+def one_rank_without(rank: int, world: int) -> list[Any]:
+    ordered, same_host.ORDERED = same_host.ORDERED, rank == 0  # then none does
+    shared = same_host.shared_sums(rank, world, distributed.gather)
+    same_host.ORDERED = ordered
+    return [shared is None]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_sums_have_the_same_bits_on_each_rank(world: int, ranks_found: Any) -> None:
+    first, *others = ranks_found(sums, world)
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
-    for x, length in zip(first, LENGTHS * 3, strict=True):
-        expected = sum(of_rank(rank, length) for rank in range(world))
-        assert torch.equal(x, expected)
+    for x, (length, dtype) in zip(first, CASES * 2, strict=True):
+        assert torch.equal(x, sum(of_rank(rank, length, dtype) for rank in range(world)))
 
 
-def lose_a_peer(rank: int, world: int, folder: str) -> None:
-    join(rank, world, folder)
-    sums = same_host.shared_sums()
-    assert sums is not None
-    if rank == 1:
-        os._exit(0)
-    with pytest.raises(same_host.PeerLost, match="rank 1"):
-        sums.add(torch.ones(3))
+def test_sums_of_different_sizes_are_refused_on_each_rank(ranks_found: Any) -> None:
+    first, other = ranks_found(sizes_that_differ, 2)
+    assert first == other
+    assert "rank 0: 12, rank 1: 20" in first[0]
 
 
-@pytest.mark.skipif(not same_host.ORDERED, reason="sums go through gloo on this processor")
-def test_a_rank_whose_process_has_ended_is_noticed(tmp_path: Path) -> None:
-    mp.spawn(lose_a_peer, args=(2, str(tmp_path)), nprocs=2)
-
-
-def without_shared_memory(rank: int, world: int, folder: str) -> None:
-    join(rank, world, folder)
-    same_host.ORDERED = rank == 0  # one rank cannot: then none does
-    assert same_host.shared_sums() is None
-    x = torch.full((5,), float(rank + 1))
-    add_over_ranks(x)
-    assert torch.equal(x, torch.full((5,), 3.0))
-    distributed.leave()
-
-
-def test_one_rank_without_shared_memory_sends_all_through_gloo(tmp_path: Path) -> None:
-    mp.spawn(without_shared_memory, args=(2, str(tmp_path)), nprocs=2)
+def test_one_rank_without_shared_memory_is_enough_for_all_to_do_without(ranks_found: Any) -> None:
+    assert ranks_found(one_rank_without, 2) == [[True], [True]]
