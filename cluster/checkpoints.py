@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from blocks.storage import get, put
+from cluster.said import take_said
 from training import distributed
 from training.callback import Callback
 from training.learner import Learner
@@ -124,10 +125,10 @@ class Checkpoints(Callback):
         ray.train.report(self._news(learn))
 
     def _news(self, learn: Learner) -> dict[str, Any]:
-        # Rank 0's report is the one that is read.
+        # Of the epochs, rank 0's report is the one that is read.
         epochs = learn.recorder.history[self._reported :]
         self._reported += len(epochs)
-        return {"epochs": epochs} if distributed.rank() == 0 else {}
+        return {"said": take_said()} | ({"epochs": epochs} if distributed.rank() == 0 else {})
 
     def state_dict(self) -> dict[str, Any]:
         return {"votes": self._votes}

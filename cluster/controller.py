@@ -11,13 +11,14 @@ from ray.train.v2.api.result import Result
 from cluster.failures import raise_if_final
 from cluster.runs import RESTARTS
 from cluster.runtime import is_own
+from cluster.said import by_rank
 from cluster.spool import append, append_epoch
 
 ABORT_SECONDS = 20.0
 
 
 class ToSpool(ray.train.UserCallback):
-    """Appends rank 0's epochs to the spool, and how often the run went on after a break.
+    """Appends to the spool what the workers print, rank 0's epochs, and how often the run went on after a break.
 
     The controller runs on the driver's node. restarts: how often it did. told: how often it did by what the spool says.
     """
@@ -26,6 +27,9 @@ class ToSpool(ray.train.UserCallback):
         self.spool, self.run, self.restarts, self.told = spool, run, restarts, told
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        for rank, own in enumerate(metrics):
+            for line in own["said"]:
+                append(self.spool, "said", self.run, line=by_rank(rank, line))
         for values in metrics[0]["epochs"]:
             append_epoch(self.spool, self.run, values)
         if self.restarts > self.told:  # told when it went on, since the last failure may end the run

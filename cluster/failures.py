@@ -18,22 +18,32 @@ from typing import TYPE_CHECKING, Any
 from blocks.errors import UserError
 from blocks.storage import is_url, joined, put, shown
 from cluster.runtime import ResourceError
+from cluster.said import by_rank, take_said
 
 if TYPE_CHECKING:
     from training.learner import Learner
 
 ERRORS = "errors.txt"  # in the run's folder
+EVERYTHING = "everything that was said: "
 
 
 class FinalError(Exception):
     """What a person's code raised on `rank`. error: itself, as bytes. notes: its own. trace: all of it, as text.
 
-    others: what the other ranks said then, by rank; they are told about in the file alone.
+    said: what was printed there before. others: the other ranks' exceptions, by rank, which are for the file alone.
     """
 
-    def __init__(self, rank: int, error: bytes, notes: Sequence[str], trace: str, others: Mapping[int, str] | None = None):
-        super().__init__(rank, error, notes, trace, others)
-        self.rank, self.error, self.notes, self.trace, self.others = rank, error, notes, trace, others or {}
+    def __init__(
+        self,
+        rank: int,
+        error: bytes,
+        notes: Sequence[str],
+        trace: str,
+        said: Sequence[str],
+        others: Mapping[int, str] | None = None,
+    ):
+        super().__init__(rank, error, notes, trace, said, others)
+        self.rank, self.error, self.notes, self.trace, self.said, self.others = rank, error, notes, trace, said, others or {}
 
     def __str__(self) -> str:
         return self.trace
@@ -79,7 +89,8 @@ def as_final() -> Iterator[None]:
 
         rank = ray.train.get_context().get_world_rank()
         notes = [*getattr(error, "__notes__", ()), f"on rank {rank}:\n{_own_lines(error)}"]
-        raise FinalError(rank, as_bytes(error), notes, "".join(traceback.format_exception(error))) from None
+        trace = "".join(traceback.format_exception(error))
+        raise FinalError(rank, as_bytes(error), notes, trace, take_said()) from None
 
 
 def _is_loss(error: BaseException) -> bool:
@@ -123,7 +134,7 @@ def raise_if_final(worker_exceptions: Mapping[int, Exception]) -> None:
     final = next((error for _, error in sorted(worker_exceptions.items()) if isinstance(error, FinalError)), None)
     if final is not None:
         others = {rank: str(error) for rank, error in sorted(worker_exceptions.items()) if error is not final}
-        raise FinalError(final.rank, final.error, final.notes, final.trace, others)
+        raise FinalError(final.rank, final.error, final.notes, final.trace, final.said, others)
 
 
 # --- on the driver -------------------------------------------------------------------------------------------------------
@@ -144,11 +155,18 @@ def _brought_home(error: Exception, folder: str | Path | None) -> BaseException:
     failure = getattr(error, "controller_failure", None)
     if isinstance(failure, FinalError):
         raised, told = _itself(failure), _all_of(failure)
+        for line in failure.said:
+            print(by_rank(failure.rank, line), flush=True)
         raised.__notes__ = list(failure.notes)  # some exceptions lose theirs on the way
     else:
         raised, told = _lost(error, failure), "".join(traceback.format_exception(error))
-    raised.add_note(f"everything that was said: {_written(told, folder)}")
+    raised.add_note(f"{EVERYTHING}{_written(told, folder)}")
     return raised
+
+
+def happened_elsewhere(error: BaseException) -> bool:
+    """Whether `error` was brought home: the frames of this process say nothing of it."""
+    return any(note.startswith(EVERYTHING) for note in getattr(error, "__notes__", ()))
 
 
 def _itself(failure: FinalError) -> BaseException:

@@ -9,6 +9,7 @@ Kinds of records, in the order a run writes them:
     data      name, source, digest, rows      the data set it trains on
     metrics   step, values                    one epoch
     system    step, values                    how busy the machine is, see `cluster.system_metrics`
+    said      line                            what a worker printed; the driver prints it, and nobody records it
     tag       key, value                      something to find it by, or where a checkpoint is; a later value replaces it
     text      file, text                      a small text artifact
     artifact  path, folder                    a file to upload

@@ -4,6 +4,7 @@ import contextlib
 import pickle
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from cluster.failures import as_final, bringing_home, cannot_travel
 from cluster.places import places
 from cluster.runs import RESTARTS, Run, find_run, finish_run, new_run_folder, restarts_of, run_name, words_of, write_run
 from cluster.runtime import check_resources, start_ray, start_ray_meanwhile
+from cluster.said import heard
 from cluster.spool import SPOOL, append, append_epoch, follow, read
 from training import distributed
 from training.callback import Callback
@@ -161,8 +163,8 @@ class InFolder:
                 spool, run = Path(home, SPOOL), "run"
             told = restarts_of(spool)
             to_spool = {"spool": str(spool), "run": run, "restarts": told + self.resumed, "told": told}
-            if any(isinstance(c, Progress) for c in learn.callbacks):
-                stack.enter_context(_printed(spool, run, total_epochs(schedule), told + self.resumed))
+            logged = any(isinstance(c, Progress) for c in learn.callbacks)
+            stack.enter_context(_printed(spool, run, total_epochs(schedule) if logged else None, told + self.resumed))
             stack.enter_context(bringing_home(self.folder if self.kept else None))
             state = _trained_state(self.workers, _shipped(learn), schedule, lr, self.folder, to_spool)
         learn.load_state_dict(state)
@@ -245,6 +247,7 @@ def _trained_state(
     return read_state(result.checkpoint, rank=0)
 
 
+@heard()
 @as_final()
 def _train_loop(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
@@ -277,16 +280,21 @@ def _train_loop(config: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _printed(spool: Path, run: str, epochs: int, restarts: int) -> Iterator[None]:
-    # A thread prints each epoch's line as the spool grows; what is told again after a restart was printed before.
-    finished = threading.Event()
+def _printed(spool: Path, run: str, epochs: int | None, restarts: int) -> Iterator[None]:
+    # A thread prints, as the spool grows, what the workers print and, of so many, each epoch's line; what is told again after
+    # a restart was printed before.
+    finished, began = threading.Event(), time.time() * 1000
     before = [record["step"] for record, _ in read(spool) if record["kind"] == "metrics" and record["run"] == run]
 
     def work() -> None:
         printed = max(before, default=-1)
         for records in follow(spool, finished):
             for record in records:
-                if record["kind"] == "metrics" and record["run"] == run and record["step"] > printed:
+                if record["run"] != run:
+                    continue
+                if record["kind"] == "said" and record["time"] >= began:
+                    print(record["line"], flush=True)
+                if record["kind"] == "metrics" and record["step"] > printed and epochs is not None:
                     printed = record["step"]
                     print(epoch_line(record["values"], epochs), flush=True)
                 elif record["kind"] == "tag" and record["key"] == RESTARTS and int(record["value"]) > restarts:

@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -278,6 +279,11 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         click.echo("fastray: stopped", err=True)
         code = 130
+    except Exception as error:
+        if not _happened_elsewhere(error):
+            raise
+        click.echo("".join(traceback.format_exception_only(error)).rstrip(), err=True)
+        code = 1
     finally:
         if "ray" in sys.modules:
             from cluster.runtime import stop_ray
@@ -287,6 +293,14 @@ def main() -> NoReturn:
             stop_ray()
     gc.freeze()  # else Python looks through a million objects of the libraries once more before it ends
     sys.exit(code)
+
+
+def _happened_elsewhere(error: Exception) -> bool:
+    if "ray" not in sys.modules:
+        return False
+    from cluster.failures import happened_elsewhere
+
+    return happened_elsewhere(error)
 
 
 def _interrupt(number: int, frame: Any) -> None:

@@ -114,9 +114,7 @@ class Recorder(Callback):
                 metric.accumulate(learn.pred, targets if len(targets) > 1 else targets[0], learn.rows)
 
     def after_train(self, learn: "Learner") -> None:
-        if self._step_losses:
-            self.losses += torch.stack(self._step_losses).tolist()
-            self._step_losses = []
+        self._read_losses()
         total = self._reduced()
         self._note("train/loss", total)
         seconds = time.perf_counter() - self._train_began
@@ -138,6 +136,14 @@ class Recorder(Callback):
         self.values["time/epoch"] = time.perf_counter() - self._began
         self.history.append(self.values)
         self.epoch_ends.append(len(self.losses))
+
+    def after_fit(self, learn: "Learner") -> None:
+        self._read_losses()  # of an epoch that was cut short
+
+    def _read_losses(self) -> None:
+        if self._step_losses:
+            self.losses += torch.stack(self._step_losses).tolist()
+            self._step_losses = []
 
     def plot_loss(self, skip_start: int = 5, with_valid: bool = True, smooth: float = 0.98) -> "Figure":
         """A figure of the training loss step by step, smoothed exponentially, and the validation loss of each epoch."""

@@ -17,7 +17,7 @@ from training.callback import Callback, CancelFitException, CancelValidException
 from training.schedule import flat
 
 if TYPE_CHECKING:
-    from training.learner import Learner
+    from training.learner import Learner, Runner
 
 SMOOTHING = 0.98  # the share of the past in the mean of the losses
 DIVERGED = 4.0  # times the best loss
@@ -118,6 +118,12 @@ class _RisingRates(Callback):
     def before_validate(self, learn: "Learner") -> None:
         raise CancelValidException
 
+    def state_dict(self) -> dict[str, Any]:  # so that they come home from workers
+        return {"lrs": self.lrs, "losses": self.losses, "mean": self.mean}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.lrs, self.losses, self.mean = list(state["lrs"]), list(state["losses"]), state["mean"]
+
 
 def lr_find(
     learn: "Learner",
@@ -127,12 +133,13 @@ def lr_find(
     *,
     stop_div: bool = True,
     suggest_funcs: Iterable[SuggestFunction] = (valley,),
+    on: "Runner | None" = None,
 ) -> FoundRates:
     """Train `num_it` batches at rates from `start_lr` to `end_lr` in equal ratios, see where the loss falls, undo it all.
 
     stop_div: stop once the smoothed loss is four times its best. suggest_funcs: of (rates, losses), such as `valley`,
     `slide`, `steep`, `minimum`. Callbacks that listen to the end of an epoch take no part: they print, save and stop by
-    what an epoch brought. Smith, arXiv:1506.01186.
+    what an epoch brought. on: as for `fit`, with the same suggestions. Smith, arXiv:1506.01186.
     """
     if not 0 < start_lr < end_lr or num_it < 20:
         raise ValueError(
@@ -143,7 +150,8 @@ def lr_find(
     before, to_restore = copy.deepcopy(learn.state_dict()), learn._to_restore
     try:
         with learn.removed_callbacks(*of_epochs):
-            learn.fit(flat(math.ceil(num_it / max(1, len(learn.dls.train)))), callbacks=[rising])  # type: ignore[arg-type]
+            epochs = math.ceil(num_it / max(1, len(learn.dls.train)))  # type: ignore[arg-type]
+            learn.fit(flat(epochs), callbacks=[rising], on=on)
     finally:
         learn.load_state_dict(before)
         learn._to_restore = to_restore

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ from blocks import DataBlock
 from cluster import Workers, dataloaders, runtime
 from cluster.failures import ERRORS, WorkersLost
 from cluster.runtime import ResourceError
+from pipelines import cli
 from training import Callback, Learner, accuracy
 from training.failure import failure_of
 
@@ -88,6 +90,39 @@ def test_what_others_hold_is_waited_for_but_not_for_ever(
         f"no room for 2 workers within 1 s: {told}. Give 1 or fewer, or start more nodes, or wait until they are done"
     )
     assert capsys.readouterr().out == f"wait: {told}; at most 1 s for 2 workers\n"
+
+
+@pytest.fixture
+def torn(few_digits: Path, tmp_path: Path) -> Path:
+    """Digits of which one file is no picture."""
+    shutil.copytree(few_digits, tmp_path / "torn")
+    (tmp_path / "torn" / "2" / "torn.png").write_bytes(b"\x89PNG")
+    return tmp_path / "torn"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["path=/nowhere"], "there is no folder '/nowhere'"),
+        (["path=%s", "batch_size=2", "workers=3"], "batch_size=2 is the global one, of all 3 workers: at least 3"),
+        (["path=%s", "workers=640", "batch_size=640"], "no room for 640 workers: it takes 640 CPUs, the cluster has "),
+        (["path=%s"], "1 rows cannot be read, 0 are allowed:"),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    words: list[str], said: str, torn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line (and one for each bad row), exit code 2, with workers as without."""
+    command = ["fastray", "train", "folder", *(["workers=2"] if "workers" not in " ".join(words) else []), *words]
+    monkeypatch.setattr(sys, "argv", [word.replace("%s", str(torn)) for word in command])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(runtime, "stop_ray", lambda: None)  # the tests after this one need it
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"fastray: {said}")
+    assert rest == [] or (rest[0].startswith("  2/torn.png: ") and len(rest) <= 2)
 
 
 # --- a person's own exception ------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ def test_train_on_two_workers(own_places: Path, few_digits: Path) -> None:
     assert "120 files decoded by Ray Data" in done.stdout
     assert [line.split("  ")[0] for line in done.stdout.splitlines() if line.startswith("epoch")] == ["epoch 1/2", "epoch 2/2"]
     assert done.stderr == ""
+    assert len(done.stdout.splitlines()) <= 15
 
     (run,) = runs(own_places)
     client = MlflowClient(f"sqlite:///{own_places / 'mlflow.db'}")
@@ -78,6 +79,28 @@ def test_train_on_two_workers(own_places: Path, few_digits: Path) -> None:
     assert "0 files decoded" in again.stdout
     assert "in this process" in again.stdout
     assert [r.info.status for r in runs(own_places)] == ["FINISHED", "FINISHED"]
+
+
+def test_an_exception_on_a_worker(own_places: Path, failing_recipe: str) -> None:
+    """The person sees it, where it was and their own lines, and nothing of Ray's."""
+    done = subprocess.run(
+        [*COMMAND, "train", "mine:failing", "workers=2"], capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
+    assert done.returncode == 1
+    assert done.stdout.count("rank 1: looked at 2\n") == 3
+    what, where, rank, line, code, everything = done.stderr.splitlines()
+    assert what == "ValueError: no such shape: (8, 3)"
+    assert re.fullmatch(
+        rf"in FailsOnce\.after_pred, epoch 0, batch 2, rank 1 of 2, rows .*; {failing_recipe} in after_pred", where
+    )
+    assert rank == "on rank 1:"
+    assert line == f'  File "{failing_recipe.replace(":", chr(34) + ", line ")}, in after_pred'
+    assert code == '    raise ValueError(f"no such shape: {tuple(mine)}")'
+    (run,) = runs(own_places, "failing")
+    assert run.info.status == "FAILED"
+    (folder,) = (own_places / "runs").iterdir()
+    assert everything == f"everything that was said: {folder / 'errors.txt'}"
+    assert "learner.py" in (folder / "errors.txt").read_text()
 
 
 def test_sweep(own_places: Path, few_digits: Path) -> None:
