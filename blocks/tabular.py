@@ -303,7 +303,7 @@ class EncodeTable(ItemTransform):
         marks = codes[len(self.cat_names) :]
         gaps = {name for name, code in zip(self.gap_names, marks, strict=True) if GAP_VOCAB[code] == "True"}
         for name, number, mean, std in zip(self.cont_names, numbers, self.means, self.stds, strict=True):
-            row[name] = None if name in gaps else number * std + mean
+            row[name] = None if name in gaps else float(f"{number * std + mean:.6g}")  # as many digits as float32 holds
         return row
 
 

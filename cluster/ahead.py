@@ -26,8 +26,9 @@ def features_ahead(make: RecipeFunction, base: Mapping[str, Any], choices: Mappi
             recipe = make(**settings)
             if _key(recipe) not in done:
                 done.add(_key(recipe))
+                block, source = recipe.data()
                 with contextlib.redirect_stdout(io.StringIO()):  # what a Learner says of itself, its trial says
-                    learn = new_learner(recipe, recipe.block.dataloaders(recipe.located(), **recipe.data_settings))
+                    learn = new_learner(recipe, block.dataloaders(source, **recipe.data_settings))
                 compute_ahead(learn, recipe.schedule, map_on_ray)
 
 
@@ -46,7 +47,8 @@ def _key(recipe: Recipe) -> str | None:
     phase = recipe.schedule[0]
     if not phase.cache_features:
         return None
-    plan = recipe.block.plan(recipe.located()).fingerprint
+    block, source = recipe.data()
+    plan = block.plan(source).fingerprint
     try:
         return fingerprint(plan, recipe.learner, recipe.seed, phase.freeze_to, phase.train_bn)
     except NotFingerprintable:  # each for itself

@@ -18,14 +18,34 @@ if TYPE_CHECKING:
 
     from blocks.dataloaders import DataLoaders
     from blocks.plan import Column
+    from blocks.tabular import EncodeTable
 
 TABLES = (".json", ".csv", ".parquet")
 
 
 def inputs_of(columns: "Sequence[Column]") -> dict[str, bool]:
     """What the columns of a table of items are called, and whether each is a picture: encoded bytes, or a file."""
+    table = _table(columns)
+    if table is not None:
+        return dict.fromkeys((*table.cat_names, *table.cont_names), False)
     pictures = [any(t.opens_file for t in c.type_tfms.transforms[:1]) for c in columns]
     return {"image": True} if pictures == [True] else dict(zip([c.name for c in columns], pictures, strict=True))
+
+
+def items_of(columns: "Sequence[Column]", frame: "pd.DataFrame") -> list[Any]:
+    """The rows of a table of items as a predictor takes them: rows by column of a table, else a value an input."""
+    names = list(inputs_of(columns))
+    if _table(columns) is not None:
+        return frame[names].to_dict("records")
+    return list(frame[names[0]]) if len(names) == 1 else list(zip(*(frame[n] for n in names), strict=True))
+
+
+def _table(columns: "Sequence[Column]") -> "EncodeTable | None":
+    # Of an item that is itself a row of a table.
+    from blocks.tabular import EncodeTable
+
+    tfms = columns[0].type_tfms.transforms if len(columns) == 1 else ()
+    return next((t for t in tfms if isinstance(t, EncodeTable)), None)
 
 
 def write_example(dls: "DataLoaders", folder: Path) -> Path:
@@ -41,6 +61,8 @@ def write_example(dls: "DataLoaders", folder: Path) -> Path:
         file = folder / "example.png"
         file.write_bytes(_png(values[0]))
         return file
+    if _table(encode.columns) is not None:
+        values = tuple(values[0].values())
     row = {
         name: base64.b64encode(_png(value)).decode() if picture else plain(value)
         for (name, picture), value in zip(inputs.items(), values, strict=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from cluster.example import column_type, inputs_of, plain, read_items
+from cluster.example import column_type, inputs_of, items_of, plain, read_items
 from training.export import Predictor, load_predictor
 
 LONGEST_LABEL = 200  # characters: a mask has more numbers than anybody reads
@@ -23,8 +23,7 @@ class ScoringModel:
 
     def predict(self, frame: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """`label` (and `probability`) of each row's item, in their order."""
-        columns = [frame[name] for name in inputs_of(self.predictor.encode.columns)]
-        found = self.predictor.predict(list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True)))
+        found = self.predictor.predict(items_of(self.predictor.encode.columns, frame))
         said = pd.DataFrame({"label": pd.Series([plain(p.label) for p in found], dtype=object)})
         if any(p.probability is not None for p in found):
             said["probability"] = [p.probability for p in found]

@@ -26,6 +26,7 @@ from blocks import (
     Hue,
     ImageBlock,
     IntToFloatTensor,
+    LogNumber,
     MaskBlock,
     MultiCategorize,
     MultiCategoryBlock,
@@ -35,6 +36,7 @@ from blocks import (
     PILImage,
     PILImageBW,
     PILMask,
+    QuantileNumber,
     RandomCrop,
     RandomErasing,
     RandomResizedCrop,
@@ -49,6 +51,7 @@ from blocks import (
     TensorCategory,
     TensorImage,
     TensorMask,
+    TensorNumber,
     TensorPoint,
     ToTensor,
     Transform,
@@ -64,6 +67,7 @@ from blocks.pieces import InPieces
 from blocks.pixels import PixelMoments
 from blocks.points import BBoxCategorize, ClipBoxes, MakeBoxes, MakePoints, PointScaler
 from blocks.prepare import map_here
+from blocks.summaries import Quantiles
 from blocks.tabular import GAP_VOCAB, EncodeTable, TableSummary
 from blocks.testing import (
     Case,
@@ -85,6 +89,7 @@ TABLE = EncodeTable(
     means=(1.0,),
     stds=(2.0,),
 )
+NUMBERS = [torch.tensor(number).as_subclass(TensorNumber) for number in (0.5, 3.0)]
 ROWS = [{"c": "a", "n": 1.0}, {"c": None, "n": None}, {"c": "unknown", "n": -3.5}]
 NOISE = np.random.default_rng(0).integers(0, 256, (4, 12, 10, 3)).astype(np.uint8)
 PICTURES = [PILImage.create(n) for n in NOISE]
@@ -114,6 +119,8 @@ CASES = [
     Case(RegressionSetup(), [1.5, 2.0, -3.25], inverse=0, column=True),
     Case(RegressionSetup(2), [[1.5, 2.0], [0.0, 1.0]], inverse=0, column=True),
     Case(TABLE, ROWS, column=True),
+    Case(LogNumber(), NUMBERS, inverse=1e-6),
+    Case(QuantileNumber(2, (0.0, 1.0, 4.0)), NUMBERS, inverse=1e-6),
     Case(OpenImage(), list(NOISE)),
     Case(OpenImage(mode="L"), list(NOISE)),
     Case(OpenMask(("sky", "tree", "car")), [n[..., 0] % 3 for n in NOISE]),
@@ -156,6 +163,7 @@ LABELS = st.sampled_from(["a", "b", "c", None])
 SUMMARIES: dict[type[Any], st.SearchStrategy[Any]] = {
     CategoryCounts: LABELS,
     MultiCategoryCounts: st.lists(LABELS, max_size=3),
+    Quantiles: st.just(1.0),  # tests/blocks/test_summaries.py has it merge: its values come in any order
     PixelMoments: st.binary(min_size=8, max_size=8).map(lambda b: torch.tensor(list(b), dtype=torch.uint8).view(2, 2, 2)),
 }
 
@@ -164,6 +172,11 @@ def imported() -> set[type[Transform]]:
     for module in pkgutil.iter_modules(blocks.__path__):
         importlib.import_module(f"blocks.{module.name}")
     return {cls for cls in _REGISTRY.values() if cls.__module__.startswith("blocks.")}
+
+
+def test_every_transform_is_found_by_its_name_alone() -> None:
+    """An export names it, and a fresh process has imported none of our files."""
+    assert {name for name, kind in _REGISTRY.items() if kind in imported() and getattr(blocks, name, None) is not kind} == set()
 
 
 def test_every_transform_has_a_case() -> None:

