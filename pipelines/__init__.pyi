@@ -5,6 +5,8 @@ from .collab import item_bias as item_bias
 from .collab import nearest_items as nearest_items
 from .collab import ranking_metrics as ranking_metrics
 from .collab import recommend as recommend
+from .images import image_block as image_block
+from .images import image_dataloaders as image_dataloaders
 from .recipes import find_recipe as find_recipe
 from .recipes import recipe_names as recipe_names
 from .tabular import tabular_block as tabular_block

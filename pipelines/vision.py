@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, PositiveFloat
+from torch import Tensor
 
 from blocks import (
     IMAGENET_STATS,
@@ -30,6 +31,7 @@ from blocks import (
 from blocks.cache import cache_folder
 from blocks.errors import UserError
 from blocks.splits import Splitter
+from blocks.tensors import TensorCategory, TensorMultiCategory, TensorNumber, TensorPoint
 from blocks.transform import Transform
 from pipelines.weights import imagenet_classes, stats_of, trained_model
 from training import (
@@ -38,6 +40,7 @@ from training import (
     Recipe,
     Schedule,
     accuracy,
+    accuracy_multi,
     body_and_head,
     create_body,
     fine_tune,
@@ -45,11 +48,13 @@ from training import (
     one_cycle,
     precision_callbacks,
     recipe,
+    rmse,
     timm_classifier,
     torchvision_classifier,
     vision_model,
 )
 from training.distributed import default_device
+from training.learner import target_type
 from training.models import torchvision_names
 from training.precision import Precision
 from training.recipe import SettingError
@@ -90,8 +95,8 @@ def vision_learner(
     `fine_tune`, a phase or `unfreeze` frees it, and the data is normalised as they were trained. None: random ones.
     n_out: how many outputs, by default what the target needs: a class each, or a number each. head: "imagenet" keeps the
     classifier that was trained, for predictions by ImageNet's names. cut, lin_ftrs, ps, concat_pool, y_range: `create_body`
-    and `create_head`. metrics: by default accuracy, for classes. learner: further arguments of `Learner`; the parameters are
-    in three groups, two halves of the body and the head.
+    and `create_head`. metrics: by default accuracy, of numbers rmse. learner: further arguments of `Learner`, whose parameters
+    are in three groups: two halves of the body and the head.
     """
     inputs = dls.one_batch()[0]
     n_in = inputs.shape[1]
@@ -119,13 +124,21 @@ def vision_learner(
         if trained is not None:
             model[0].load_state_dict(create_body(trained, n_in, cut).state_dict())  # type: ignore[index]
     if metrics is None:
-        metrics = accuracy if dls.vocab else ()
+        metrics = _USUAL_METRICS.get(target_type(dls), ())
     callbacks = [*precision_callbacks(precision, default_device()), *callbacks]
     splitter = body_and_head if head == "imagenet" else halves_and_head
     learn = Learner(dls, model, **{"splitter": splitter, "metrics": metrics, "callbacks": callbacks} | learner)
     if trained is not None and head == "new":
         learn.freeze()
     return learn
+
+
+_USUAL_METRICS: dict[type[Tensor], Any] = {
+    TensorCategory: accuracy,
+    TensorMultiCategory: accuracy_multi,
+    TensorNumber: rmse,
+    TensorPoint: rmse,
+}
 
 
 def n_outputs(dls: DataLoaders) -> int:
