@@ -3,6 +3,7 @@ from .flush import flush_records as flush_records
 from .jobs import submit_job as submit_job
 from .models import load_model as load_model
 from .places import places as places
+from .record import record as record
 from .recording import Recording as Recording
 from .space import choice as choice
 from .space import grid as grid

@@ -8,6 +8,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.result import Result
 
+from blocks.storage import shown
 from cluster.failures import raise_if_final
 from cluster.runs import RESTARTS
 from cluster.runtime import is_own
@@ -32,6 +33,8 @@ class ToSpool(ray.train.UserCallback):
                 append(self.spool, "said", self.run, line=by_rank(rank, line))
         for values in metrics[0]["epochs"]:
             append_epoch(self.spool, self.run, values)
+        if checkpoint is not None:
+            append(self.spool, "tag", self.run, key="fastray.checkpoint", value=shown(checkpoint.path))
         if self.restarts > self.told:  # told when it went on, since the last failure may end the run
             append(self.spool, "tag", self.run, key=RESTARTS, value=str(self.restarts))
             self.told = self.restarts

@@ -155,6 +155,8 @@ class InFolder:
         with contextlib.ExitStack() as stack:
             report = next((c for c in learn.callbacks if isinstance(c, SpoolReport)), None)
             if report is not None:
+                own = self.folder if self.kept and not is_url(self.folder) else None
+                stack.enter_context(report.recording(learn, own))
                 spool, run = Path(report.path), report.run_id
             else:
                 home = self.folder
@@ -166,13 +168,12 @@ class InFolder:
             logged = any(isinstance(c, Progress) for c in learn.callbacks)
             stack.enter_context(_printed(spool, run, total_epochs(schedule) if logged else None, told + self.resumed))
             stack.enter_context(bringing_home(self.folder if self.kept else None))
-            state = _trained_state(self.workers, _shipped(learn), schedule, lr, self.folder, to_spool)
-        learn.load_state_dict(state)
+            learn.load_state_dict(_trained_state(self.workers, _shipped(learn), schedule, lr, self.folder, to_spool))
 
     def _run_here(self, learn: Learner, schedule: Schedule, lr: Rate) -> None:
         saves = SaveHere(self.folder)
         report = next((c for c in learn.callbacks if isinstance(c, SpoolReport)), None)
-        if self.resumed and report is not None:
+        if self.resumed and report is not None and report.path:
             append(report.path, "tag", report.run_id, key=RESTARTS, value=str(restarts_of(Path(report.path)) + 1))
         with learn.added_callbacks(saves):
             state = saves.read() if self.resumed else None
@@ -192,6 +193,10 @@ class SpoolReport(Callback):
 
     def __init__(self, path: str, run: str):
         self.path, self.run_id = path, run
+
+    def recording(self, learn: Learner, folder: str | None) -> contextlib.AbstractContextManager[None]:
+        """While `learn` trains elsewhere, in `folder` where that is kept on this machine: the driver's side of the record."""
+        return contextlib.nullcontext()
 
     def after_epoch(self, learn: Learner) -> None:
         if distributed.rank() == 0:
