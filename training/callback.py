@@ -58,9 +58,9 @@ class Callback:
     """Override the events you need; those you do not override cost nothing. Lower `order` is called first.
 
     run: switched off, at any time, it is called no more until the end of the fit, which switches it on again. run_train,
-    run_valid: whether it is called in training batches and in the others. remove_on_fetch: `FetchPredictions` predicts
-    without it. needs_inputs: whether it looks at `learn.xb` or changes it, None: if it has a `before_batch`; in a phase with
-    `cache_features` there are no inputs, so a callback that needs them is refused.
+    run_valid: whether it is called in training batches and in the others. remove_on_fetch: `get_preds` and others that only
+    predict do so without it. needs_inputs: whether it looks at `learn.xb` or changes it, None: if it has a `before_batch`; in
+    a phase with `cache_features` there are no inputs, so a callback that needs them is refused.
     """
 
     order: int = 0

@@ -62,6 +62,7 @@ class Recorder(Callback):
     """
 
     order = -50  # first, so that a callback that cancels a part before it begins does not keep it from hearing so
+    remove_on_fetch = True
     needs_inputs = False
 
     def __init__(self) -> None:
@@ -236,6 +237,7 @@ class Progress(Callback):
     """Prints one line an epoch, on rank 0; in a terminal or notebook also a `bar` of the batches. fastai's ProgressCallback."""
 
     order = 70
+    remove_on_fetch = True
 
     def __init__(self, bar: bool = True) -> None:
         self.bar = bar

@@ -66,8 +66,7 @@ def _on_cpu(x: Any) -> Any:
 class FetchPredictions(Callback):
     """After each epoch, has `learn.get_preds(batches)` in `preds`, without `skip`'s callbacks; fastai's FetchPredsCallback.
 
-    batches: None for the validation part. skip: classes of callbacks that do not take part; neither do those that say so
-    themselves, `remove_on_fetch`.
+    batches: None for the validation part. skip: classes of callbacks that do not take part.
     """
 
     order = 50
@@ -78,8 +77,7 @@ class FetchPredictions(Callback):
         self.preds: Any = None
 
     def after_epoch(self, learn: "Learner") -> None:
-        skipped = [c for c in learn.callbacks if c.remove_on_fetch or isinstance(c, self.skip)]
-        with learn.removed_callbacks(*skipped):
+        with learn.removed_callbacks(c for c in learn.callbacks if isinstance(c, self.skip)):
             self.preds = learn.get_preds(self.batches)
 
 
@@ -87,6 +85,7 @@ class CollectData(Callback):
     """Keeps the last epoch's batches in `data`: (inputs, targets, pred, loss) on the CPU; fastai's CollectDataCallback."""
 
     order = 50
+    remove_on_fetch = True
     needs_inputs = True
 
     def __init__(self) -> None:

@@ -6,6 +6,7 @@ optimizer), and the last frame that is neither ours nor a library's is the line 
 
 import contextlib
 import functools
+import inspect
 import sysconfig
 import traceback
 from collections.abc import Sequence
@@ -218,4 +219,5 @@ def _in_fit(frames: Frames) -> bool:
     from training.learner import Learner
 
     around = [*frames, *traceback.walk_stack(frames[0][0])]
-    return any(frame.f_code is Learner._run.__code__ for frame, _ in around)
+    run = inspect.unwrap(Learner._run).__code__  # what is around it has one code for all that it is around of
+    return any(frame.f_code is run for frame, _ in around)

@@ -40,11 +40,11 @@ from training.callback import (
     CancelValidException,
 )
 from training.callbacks import BatchTransforms, Progress, Recorder, ScheduledRates
+from training.checks import as_number, as_rate, check_batch, check_differentiable, check_groups, check_loss, check_parts, listed
 from training.composed import Optimizer
 from training.failure import say_where
 from training.losses import loss_for
 from training.metrics import Metric, MetricFunction, as_metric
-from training.mixed_precision import MixedPrecision
 from training.optimizer import (
     Adam,
     OptimizerFunction,
@@ -54,11 +54,10 @@ from training.optimizer import (
     parameter_groups,
     set_group_hyper,
 )
-from training.schedule import MOMS, Moms, Phase, Schedule, flat, flat_cos, sgdr, total_epochs
+from training.schedule import MOMS, Moms, Phase, Schedule, flat, flat_cos, sgdr, top_and_spread, total_epochs
 from training.schedule import fine_tune as fine_tune_schedule
 from training.schedule import one_cycle as one_cycle_schedule
 from training.state import Position, generators, set_generators
-from training.stopping import ShortEpoch
 
 if TYPE_CHECKING:
     from blocks.dataloaders import DataLoaders
@@ -112,7 +111,7 @@ class Learner:
         opt_func: OptimizerFunction = Adam,
         lr: Rate = 1e-3,
         splitter: Splitter = one_group,
-        callbacks: Iterable[Callback] = (),
+        callbacks: Callback | Iterable[Callback] = (),
         metrics: MetricFunction | Metric | Iterable[MetricFunction | Metric] = (),
         *,
         wd: float | None = None,
@@ -121,6 +120,7 @@ class Learner:
         moms: Moms = MOMS,
         device: torch.device | None = None,
     ):
+        check_parts(dls, model, opt_func)
         self.dls, self.model, self.opt_func, self.lr, self.splitter = dls, model, opt_func, lr, splitter
         self.wd, self.wd_bn_bias, self.train_bn, self.moms = wd, wd_bn_bias, train_bn, moms
         self.loss_func = loss_func or loss_for(self.target_type)
@@ -150,7 +150,7 @@ class Learner:
         self._to_restore: dict[str, Any] | None = None
         self.training = False
         self.split_idx = VALID  # the part whose transforms the batch gets
-        for callback in (BatchTransforms(), self.recorder, ScheduledRates(), Progress(), *callbacks):
+        for callback in (BatchTransforms(), self.recorder, ScheduledRates(), Progress(), *listed(callbacks)):
             self.add_callback(callback)
 
     # --- callbacks -----------------------------------------------------------------------------------------------------
@@ -163,9 +163,10 @@ class Learner:
         self._listen()
         callback.after_create(self)
 
-    def remove_callback(self, callback: Callback) -> None:
-        """Have `callback` called no more."""
-        self.callbacks = [c for c in self.callbacks if c is not callback]
+    def remove_callback(self, callback: Callback | type[Callback]) -> None:
+        """Have `callback`, or all of that class, called no more."""
+        gone = [c for c in self.callbacks if c is callback or (isinstance(callback, type) and isinstance(c, callback))]
+        self.callbacks = [c for c in self.callbacks if c not in gone]
         self._listen()
 
     def add_cbs(self, callbacks: Iterable[Callback]) -> None:
@@ -173,7 +174,7 @@ class Learner:
         for callback in callbacks:
             self.add_callback(callback)
 
-    def remove_cbs(self, callbacks: Iterable[Callback]) -> None:
+    def remove_cbs(self, callbacks: Iterable[Callback | type[Callback]]) -> None:
         """Have none of `callbacks` called any more."""
         for callback in callbacks:
             self.remove_callback(callback)
@@ -186,19 +187,20 @@ class Learner:
                 self._listeners[event].append(getattr(callback, event))
 
     @contextlib.contextmanager
-    def added_callbacks(self, *callbacks: Callback) -> Iterator[None]:
+    def added_callbacks(self, *callbacks: Callback | Iterable[Callback]) -> Iterator[None]:
         """With these callbacks as well."""
-        self.add_cbs(callbacks)
+        added = [c for given in callbacks for c in listed(given)]
+        self.add_cbs(added)
         try:
             yield
         finally:
-            self.remove_cbs(callbacks)
+            self.remove_cbs(added)
 
     @contextlib.contextmanager
-    def removed_callbacks(self, *callbacks: Callback) -> Iterator[None]:
+    def removed_callbacks(self, *callbacks: Callback | Iterable[Callback]) -> Iterator[None]:
         """Without these callbacks."""
-        before = self.callbacks
-        self.callbacks = [c for c in before if c not in callbacks]
+        before, removed = self.callbacks, [c for given in callbacks for c in listed(given)]
+        self.callbacks = [c for c in before if c not in removed]
         self._listen()
         try:
             yield
@@ -286,7 +288,7 @@ class Learner:
         lr: Rate | None = None,
         *,
         wd: float | None = None,
-        callbacks: Iterable[Callback] = (),
+        callbacks: Callback | Iterable[Callback] = (),
         start_epoch: int = 0,
         on: Runner | None = None,
         resume: str | None = None,
@@ -297,7 +299,7 @@ class Learner:
         ratios; `slice(last)` gives the first a tenth. wd: weight decay from now on. callbacks: for this run only.
         start_epoch: begin the schedule there. resume: the run on those workers to go on with, which was broken off.
         """
-        phases = flat(schedule) if isinstance(schedule, int) else schedule
+        phases = flat(schedule) if isinstance(schedule, int) and not isinstance(schedule, bool) else schedule
         if not isinstance(phases, tuple) or not phases or not all(isinstance(p, Phase) for p in phases):
             raise TypeError(f"a schedule is a number of epochs or a tuple of Phases such as one_cycle(5), not {schedule!r}")
         if not 0 <= start_epoch < total_epochs(phases) or (start_epoch and on is not None):
@@ -309,11 +311,12 @@ class Learner:
                 f"resume={resume!r} names a run on workers: give on=... as well; here, load a state and learn.resume()"
             )
         self.schedule = phases
-        self.run_lr = self.lr if lr is None else lr
+        self.run_lr = as_rate(self.lr if lr is None else lr)
+        top_and_spread(self.run_lr)  # says now what is wrong with it
         if wd is not None:
-            self.wd = wd
+            self.wd = as_number(wd, "wd")
             self._set_weight_decay()
-        with self.added_callbacks(*callbacks):
+        with self.added_callbacks(callbacks):
             if on is not None:
                 on.run(self, self.schedule, self.run_lr, resume)
                 return
@@ -327,14 +330,14 @@ class Learner:
                 self._opt.zero_grad()
             self._run()
 
-    def resume(self, *, callbacks: Iterable[Callback] = ()) -> None:
+    def resume(self, *, callbacks: Callback | Iterable[Callback] = ()) -> None:
         """Go on with the run that was stopped, or whose state was loaded, from the batch at which it stood.
 
         With the same data, callbacks and number of ranks, the results are those of the unbroken run, bit for bit on a CPU.
         """
         if not self.schedule:
             raise ValueError("there is no run to go on with: load the state of one first, or call fit")
-        with self.added_callbacks(*callbacks):
+        with self.added_callbacks(callbacks):
             self._run()
 
     def fit_one_cycle(
@@ -403,7 +406,7 @@ class Learner:
     @property
     def layer_groups(self) -> list[list[nn.Parameter]]:
         """The model's parameters as the splitter groups them, first to last."""
-        return [list(group) for group in self.splitter(self.model)]
+        return check_groups(self.splitter(self.model), self.model)
 
     def freeze_to(self, n: int, train_bn: bool | None = None) -> None:
         """Only groups from the `n`-th on train; negative numbers count from the end. train_bn: None: the Learner's."""
@@ -622,6 +625,7 @@ class Learner:
 
     def _split(self) -> None:
         n_inp = getattr(self.fed, "n_inp", 1)
+        check_batch(self.batch, n_inp)
         on_device = [self._move(column) for column in self.batch]
         self.xb, self.yb = tuple(on_device[:n_inp]), tuple(on_device[n_inp:])
         # A rank without rows of its own is given one to stay in step with.
@@ -660,6 +664,7 @@ class Learner:
 
     def _take_loss(self, *targets: Any) -> None:
         self.loss_grad = self.loss_func(self.pred, *targets)
+        check_loss(self.loss_grad)
         self.loss = self.loss_grad.detach().clone()
         # What the loss is the mean over: rows, unless it says otherwise (class weights, targets that do not count).
         count = getattr(self.loss_func, "count", None)
@@ -679,6 +684,7 @@ class Learner:
                 self.opt.zero_grad()
 
     def _backward(self) -> None:
+        check_differentiable(self.loss_grad)
         if self._ranks is None:
             self.loss_grad.backward()
         else:
@@ -704,8 +710,7 @@ class Learner:
         if next(self.model.parameters(), torch.empty(0)).device != self.device:  # to move all takes a while, also to nowhere
             self._to_device()
         before, listeners = self.callbacks, self._listeners
-        stay = [c for c in before if not isinstance(c, Recorder | Progress | MixedPrecision | ShortEpoch)]
-        self.callbacks = sorted([*stay, *callbacks], key=lambda c: c.order)
+        self.callbacks = sorted([*(c for c in before if not c.remove_on_fetch), *callbacks], key=lambda c: c.order)
         self._listen()
         try:
             yield

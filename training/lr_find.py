@@ -5,7 +5,7 @@ Nothing of it stays: weights, optimizer, record and random generators are what t
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +150,8 @@ def lr_find(
     before, to_restore = copy.deepcopy(learn.state_dict()), learn._to_restore
     try:
         with learn.removed_callbacks(*of_epochs):
-            epochs = math.ceil(num_it / max(1, len(learn.dls.train)))  # type: ignore[arg-type]
+            batches = len(learn.dls.train) if isinstance(learn.dls.train, Sized) else 1  # the loop says what is wrong
+            epochs = math.ceil(num_it / max(1, batches))
             learn.fit(flat(epochs), callbacks=[rising], on=on)
     finally:
         learn.load_state_dict(before)
@@ -161,6 +162,8 @@ def lr_find(
     lrs, losses = lrs[finite], losses[finite]
     if not rising.lrs:
         raise ValueError("no batch had a loss: the batches have no targets, or a callback cancels all of them before")
+    if not math.isfinite(rising.losses[0]):
+        raise ValueError(f"the first loss is {rising.losses[0]} already: look at the data and the loss function")
     if len(lrs) < 3:
         raise ValueError(f"the loss grew out of bounds within {len(rising.lrs)} batches: begin below start_lr={start_lr}")
     return FoundRates(lrs, losses, {f.__name__: f(lrs, losses) for f in suggest_funcs})

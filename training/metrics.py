@@ -116,8 +116,9 @@ class AvgMetric(Metric):
         try:
             total, count = map(_number, found) if isinstance(found, tuple) else (_number(found) * rows, rows)
         except (TypeError, ValueError, RuntimeError) as error:
+            call = f". Call it first: metrics={self.name}()" if isinstance(found, Metric) else ""
             raise TypeError(
-                f"the metric {self.name} gave {found!r:.200}: it is a number, the mean over rows, or (sum, count)"
+                f"the metric {self.name} gave {found!r:.200}: it is a number, the mean over rows, or (sum, count){call}"
             ) from error
         self.total += torch.tensor([total, count], dtype=torch.float64)
 

@@ -19,6 +19,7 @@ class MixedPrecision(Callback):
     """
 
     order = 10  # its before_step comes before those of the callbacks that look at the gradients
+    remove_on_fetch = True
     needs_inputs = False
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16):
@@ -78,6 +79,8 @@ class _WouldStep:
 def _as_float32(x: Any) -> Any:
     if isinstance(x, Tensor):
         return x.float() if x.is_floating_point() else x
+    if type(x) is dict:
+        return {name: _as_float32(part) for name, part in x.items()}
     return type(x)(map(_as_float32, x)) if isinstance(x, tuple | list) else x
 
 

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -248,6 +249,7 @@ def group_hyper(group: dict[str, Any], name: str) -> float:
 
 def set_group_hyper(group: dict[str, Any], name: str, value: float) -> None:
     """Set what `group_hyper` gets."""
+    value = value.item() if isinstance(value, np.generic) else value  # a checkpoint holds plain numbers
     key = _key(group, name)
     if isinstance(key, int):
         betas = list(group["betas"])

@@ -294,6 +294,8 @@ def _shape(output: Any) -> str:
 def _kept(value: Any) -> Any:
     if isinstance(value, Tensor):
         return as_plain(value).detach().cpu()
+    if isinstance(value, dict):
+        return {name: _kept(part) for name, part in value.items()}
     return tuple(map(_kept, value)) if isinstance(value, tuple | list) else value
 
 
@@ -301,6 +303,8 @@ def _together(parts: Sequence[Any], order: Tensor | None) -> Any:
     """The parts of all batches as one tensor, tuples of tensors part by part."""
     if not parts:
         return torch.empty(0)
+    if isinstance(parts[0], dict):
+        return {name: _together([part[name] for part in parts], order) for name in parts[0]}
     if isinstance(parts[0], tuple):
         return tuple(_together(column, order) for column in zip(*parts, strict=True))
     whole = torch.cat([p.reshape(1) if p.ndim == 0 else p for p in parts])

@@ -169,6 +169,8 @@ def _cycle(
     cache_features: bool = False,
 ) -> Phase:
     _check_cycle(pct_start, div, div_final)
+    if len(moms) != 3:
+        raise ValueError(f"moms are the momentum at the start, the middle and the end of a cycle, not {moms!r}")
     start, middle, end = moms
     return Phase(
         epochs,

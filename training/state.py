@@ -5,6 +5,7 @@ Tensors, numbers, strings, lists and dicts only, so that `torch.load(weights_onl
 
 import copy
 import os
+import pickle
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from blocks.errors import UserError
 from training import distributed
 from training.callback import Callback
 from training.schedule import Schedule, schedule_from_plain, schedule_to_plain
@@ -78,6 +80,7 @@ def load_state_dict(learn: "Learner", state: dict[str, Any]) -> None:
     if state["optimizer"] is None:
         learn._opt = None
     else:
+        _check_optimizer(state["optimizer"], learn.opt)
         learn.opt.load_state_dict(state["optimizer"])
     learn.schedule = schedule_from_plain(state["schedule"])
     learn.run_lr = slice(*state["lr"]) if isinstance(state["lr"], list) else state["lr"]
@@ -87,6 +90,17 @@ def load_state_dict(learn: "Learner", state: dict[str, Any]) -> None:
     learn.epoch_generators = state["epoch_generators"]
     learn._to_restore = {key: state[key] for key in ("callbacks", "off", "generators")}
     restore(learn)
+
+
+def _check_optimizer(state: dict[str, Any], opt: torch.optim.Optimizer) -> None:
+    # Torch takes any state: the hyper-parameters of another optimizer would replace this one's.
+    added = {"own_momentum", "initial_lr"}  # by a run, and by torch's schedulers
+    saved, here = (sorted(set().union(*groups) - added) for groups in (state["param_groups"], opt.param_groups))
+    if saved != here:
+        raise UserError(
+            f"the state is of another optimizer: its groups have {', '.join(saved)}, those of {type(opt).__name__} here "
+            f"{', '.join(here)}"
+        )
 
 
 def remember(learn: "Learner") -> None:
@@ -123,8 +137,21 @@ def save(learn: "Learner", path: str | Path) -> Path:
 
 
 def load(learn: "Learner", path: str | Path) -> "Learner":
-    """Take back the state that `save` wrote to `path`, and return the Learner. Runs no code from the file."""
-    learn.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    """Take back the state that `save` wrote to `path`, and return the Learner. Runs no code from the file.
+
+    UserError for a file that is none, or of another optimizer.
+    """
+    with Path(path).open("rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError, LookupError, OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"{str(path)!r} is no file that learn.save wrote, or it is damaged") from error
+    if not isinstance(state, dict) or not state.keys() >= {"model", "optimizer", "schedule", "position"}:
+        raise UserError(
+            f"{str(path)!r} holds no state of a Learner. Weights alone are loaded by "
+            "learn.model.load_state_dict(torch.load(path))"
+        )
+    learn.load_state_dict(state)
     return learn
 
 

@@ -264,6 +264,8 @@ class TerminateOnNaN(Callback):
 class ShortEpoch(Callback):
     """Ends each part of an epoch after the share `pct` of its batches, to try things out; fastai's ShortEpochCallback."""
 
+    remove_on_fetch = True
+
     def __init__(self, pct: float = 0.01, short_valid: bool = True):
         if not 0 < pct <= 1:
             raise ValueError(f"pct is a share above 0 and at most 1, not {pct!r}")
