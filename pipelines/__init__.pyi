@@ -7,6 +7,9 @@ from .collab import ranking_metrics as ranking_metrics
 from .collab import recommend as recommend
 from .images import image_block as image_block
 from .images import image_dataloaders as image_dataloaders
+from .learners import image_classifier as image_classifier
+from .learners import unet_learner as unet_learner
+from .learners import vision_learner as vision_learner
 from .recipes import find_recipe as find_recipe
 from .recipes import recipe_names as recipe_names
 from .tabular import permutation_importance as permutation_importance
@@ -16,7 +19,5 @@ from .tabular import tabular_learner as tabular_learner
 from .vision import digits as digits
 from .vision import digits_folder as digits_folder
 from .vision import folder as folder
-from .vision import image_classifier as image_classifier
 from .vision import textures as textures
 from .vision import textures_folder as textures_folder
-from .vision import vision_learner as vision_learner

@@ -1,28 +1,23 @@
-"""Images: Learners in a line, from random or trained weights, and the recipes `digits`, `folder` and `textures`."""
+"""Pictures: the recipes `digits`, `folder` and `textures`; and all of the application's names in one place."""
 
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field, PositiveFloat
-from torch import Tensor
 
 from blocks import (
     IMAGENET_STATS,
-    Categorize,
     CategoryBlock,
     DataBlock,
-    DataLoaders,
     GrandparentSplitter,
     ImageBlock,
     Normalize,
-    Pipeline,
     RandomSplitter,
     Resize,
     get_image_files,
@@ -31,147 +26,16 @@ from blocks import (
 from blocks.cache import cache_folder
 from blocks.errors import UserError
 from blocks.splits import Splitter
-from blocks.tensors import TensorCategory, TensorMultiCategory, TensorNumber, TensorPoint
 from blocks.transform import Transform
-from pipelines.weights import imagenet_classes, stats_of, trained_model
-from training import (
-    Callback,
-    Learner,
-    Recipe,
-    Schedule,
-    accuracy,
-    accuracy_multi,
-    body_and_head,
-    create_body,
-    fine_tune,
-    halves_and_head,
-    one_cycle,
-    precision_callbacks,
-    recipe,
-    rmse,
-    timm_classifier,
-    torchvision_classifier,
-    vision_model,
-)
-from training.distributed import default_device
-from training.learner import target_type
-from training.models import torchvision_names
-from training.precision import Precision
+from pipelines.images import image_block as image_block
+from pipelines.images import image_dataloaders as image_dataloaders
+from pipelines.learners import image_classifier as image_classifier
+from pipelines.learners import unet_learner as unet_learner
+from pipelines.learners import vision_learner as vision_learner
+from training import Recipe, Schedule, fine_tune, one_cycle, recipe
 from training.recipe import SettingError
 
 BatchSize = Annotated[int, Field(ge=2)]  # BatchNorm, which torchvision's classifiers have, needs two rows
-
-
-def image_classifier(dls: DataLoaders, arch: str = "resnet18", precision: Precision = "auto") -> Learner:
-    """A Learner of torchvision's `arch` from random weights, one output a class, with accuracy; two parameter groups.
-
-    precision: in which it trains, "auto": bfloat16 where the hardware has it, else float32. It predicts in float32.
-    """
-    model = torchvision_classifier(arch=arch, n_out=len(dls.vocab))
-    callbacks = precision_callbacks(precision, default_device())
-    return Learner(dls, model, splitter=body_and_head, metrics=accuracy, callbacks=callbacks)
-
-
-def vision_learner(
-    dls: DataLoaders,
-    arch: str = "resnet18",
-    *,
-    weights: str | None = None,
-    n_out: int | None = None,
-    head: Literal["new", "imagenet"] = "new",
-    cut: int | None = None,
-    lin_ftrs: Sequence[int] | None = None,
-    ps: float = 0.5,
-    concat_pool: bool = True,
-    y_range: tuple[float, float] | None = None,
-    precision: Precision = "auto",
-    metrics: Any = None,
-    callbacks: Sequence[Callback] = (),
-    **learner: Any,
-) -> Learner:
-    """A Learner of the body of `arch`, a classifier of torchvision or timm by its name there, and a new head.
-
-    weights: trained ones: "hub", a package's name, a file or a URL (`pipelines.weights`); the body is frozen then, until
-    `fine_tune`, a phase or `unfreeze` frees it, and the data is normalised as they were trained. None: random ones.
-    n_out: how many outputs, by default what the target needs: a class each, or a number each. head: "imagenet" keeps the
-    classifier that was trained, for predictions by ImageNet's names. cut, lin_ftrs, ps, concat_pool, y_range: `create_body`
-    and `create_head`. metrics: by default accuracy, of numbers rmse. learner: further arguments of `Learner`, whose parameters
-    are in three groups: two halves of the body and the head.
-    """
-    inputs = dls.one_batch()[0]
-    n_in = inputs.shape[1]
-    trained = None if weights is None else trained_model(arch, weights)
-    if trained is not None:
-        dls = normalised_as(dls, *stats_of(trained), n_in)
-    if head == "imagenet":
-        if trained is None or n_in != 3:
-            raise UserError('head="imagenet" is the classifier that weights=... were trained with, on pictures of 3 channels')
-        dls = _named(dls, imagenet_classes())
-        model = (torchvision_classifier if arch in torchvision_names() else timm_classifier)(arch=arch, n_out=1000)
-        model.load_state_dict(trained.state_dict())
-    else:
-        outputs = n_out or n_outputs(dls)
-        model = vision_model(
-            arch=arch,
-            n_out=outputs,
-            n_in=n_in,
-            lin_ftrs=lin_ftrs,
-            ps=ps,
-            concat_pool=concat_pool,
-            y_range=y_range,
-            cut=cut,
-        )
-        if trained is not None:
-            model[0].load_state_dict(create_body(trained, n_in, cut).state_dict())  # type: ignore[index]
-    if metrics is None:
-        metrics = _USUAL_METRICS.get(target_type(dls), ())
-    callbacks = [*precision_callbacks(precision, default_device()), *callbacks]
-    splitter = body_and_head if head == "imagenet" else halves_and_head
-    learn = Learner(dls, model, **{"splitter": splitter, "metrics": metrics, "callbacks": callbacks} | learner)
-    if trained is not None and head == "new":
-        learn.freeze()
-    return learn
-
-
-_USUAL_METRICS: dict[type[Tensor], Any] = {
-    TensorCategory: accuracy,
-    TensorMultiCategory: accuracy_multi,
-    TensorNumber: rmse,
-    TensorPoint: rmse,
-}
-
-
-def n_outputs(dls: DataLoaders) -> int:
-    """How many outputs the target asks for: one a class, or one a number of each row."""
-    if dls.vocab:
-        return len(dls.vocab)
-    target = dls.one_batch()[dls.n_inp]
-    if not target.is_floating_point():
-        raise UserError(f"the target ({type(target).__name__}) does not say how many outputs it needs: give n_out=...")
-    return target[0].numel()
-
-
-def normalised_as(dls: DataLoaders, mean: Sequence[float], std: Sequence[float], n_in: int = 3) -> DataLoaders:
-    """The data, normalised as some weights were trained. UserError where it is normalised in another way already."""
-    if n_in != len(mean):
-        mean, std = [sum(mean) / len(mean)] * n_in, [sum(std) / len(std)] * n_in
-    ours = Normalize.from_stats(mean, std)
-    theirs = [t for t in dls.batch_tfms.transforms if isinstance(t, Normalize)]
-    if theirs and theirs != [ours]:
-        raise UserError(
-            f"the weights were trained on pictures normalised by {ours}, and the data has {theirs[0]}: leave Normalize out of "
-            "batch_tfms, it comes with the weights"
-        )
-    return dls if theirs else dls.add_tfms(ours)
-
-
-def _named(dls: DataLoaders, classes: tuple[str, ...]) -> DataLoaders:
-    # Predictions get these names; the labels of the data keep their codes.
-    if dls.encode is None:
-        raise UserError("the data was not made from a DataBlock, so predictions cannot be given names")
-    *inputs, target = dls.encode.columns
-    named = replace(target, type_tfms=Pipeline((Categorize(vocab=classes),)))
-    return replace(dls, encode=replace(dls.encode, columns=(*inputs, named)))
 
 
 def digits_folder() -> Path:

@@ -205,3 +205,5 @@ from .transfer import cut_model as cut_model
 from .transfer import halves_and_head as halves_and_head
 from .transfer import num_features as num_features
 from .transfer import vision_model as vision_model
+from .unet import DynamicUnet as DynamicUnet
+from .unet import unet_model as unet_model

@@ -154,7 +154,7 @@ def halves_and_head(model: nn.Module) -> list[list[nn.Parameter]]:
     A stage is a layer of the body, or of one of its sequences, that has a convolution, with what follows it up to the next.
     """
     body, *rest = model.children()
-    layers = _layers(body)
+    layers = layers_of(body)
     stages = [i for i, layer in enumerate(layers) if any(isinstance(m, _CONVS) for m in layer.modules())]
     second = stages[(len(stages) + 1) // 2] if len(stages) > 1 else 0
     first = {id(p) for layer in layers[:second] for p in layer.parameters()}
@@ -166,10 +166,11 @@ def halves_and_head(model: nn.Module) -> list[list[nn.Parameter]]:
     return [group for group in groups if group]
 
 
-def _layers(module: nn.Module) -> list[nn.Module]:
-    # A body's layers, and those of its sequences, in order.
-    children = [child for child in module.children() if any(True for _ in child.parameters())]
-    if len(children) == 1 and any(True for _ in children[0].children()):
-        return _layers(children[0])
+def layers_of(body: nn.Module) -> list[nn.Module]:
+    """A body's layers in order: its children, and of those that are sequences theirs."""
+    children = list(body.children())
+    trained = [child for child in children if any(True for _ in child.parameters())]
+    if len(trained) == 1 and any(True for _ in trained[0].children()):
+        return layers_of(trained[0])
     within = [list(c.children()) if isinstance(c, nn.Sequential | nn.ModuleList) else [c] for c in children]
     return [layer for layers in within for layer in layers]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from blocks import DataLoaders, MaskBlock, PointBlock, RegressionBlock, TensorCategory, TensorMask, TensorPoint
+from blocks import DataLoaders, MaskBlock, PointBlock, RegressionBlock, Resize, TensorCategory, TensorMask, TensorPoint
 from blocks.errors import UserError
-from pipelines import image_dataloaders, vision_learner
+from pipelines import image_dataloaders, unet_learner, vision_learner
+from training import load_predictor
 
 
 def number_of(path: Path) -> str:
@@ -116,3 +117,20 @@ def test_what_does_not_go_together_is_told(few_digits: Path) -> None:
         image_dataloaders(few_digits, valid="held")
     with pytest.raises(UserError, match="a function of its path, or a pattern"):
         image_dataloaders(few_digits, label=["a", "b"])
+
+
+def ink_of(path: Path) -> np.ndarray:
+    return (np.asarray(Image.open(path)) > 99).astype(np.uint8)
+
+
+def test_masks_are_learned_from_the_picture(few_digits: Path, tmp_path: Path) -> None:
+    """Where a digit is dark, from random weights; predictions survive the export."""
+    settings: dict[str, Any] = {"item_tfms": Resize(32), "batch_tfms": (), "batch_size": 16}
+    dls = image_dataloaders(few_digits, label=ink_of, y_block=MaskBlock(["paper", "ink"]), **settings)
+    learn = unet_learner(dls, "resnet18", precision="fp32")
+    learn.fit(1, 3e-3)
+    assert "valid/jaccard_coeff_multi" in learn.recorder.history[-1]
+    assert learn.recorder.losses[-1] < 0.6 * learn.recorder.losses[0]
+    photo = next((few_digits / "1").iterdir())
+    (again,) = load_predictor(learn.export(tmp_path / "export")).predict([photo])
+    assert torch.equal(torch.as_tensor(np.asarray(again.label)), torch.as_tensor(np.asarray(learn.predict(photo).decoded)))
