@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -31,10 +32,10 @@ class Elsewhere:
             start_new_session=True,  # Ctrl-C is answered by the process that trains
         )
 
-    def tell(self, model: str, file: Path) -> None:
-        """Have it load `model` and predict `file`."""
+    def tell(self, model: str, file: Path, trust: Sequence[str] = ()) -> None:
+        """Have it load `model` and predict `file`. trust: the modules of the person's own that the model may need."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([model, str(file)]) + "\n")
+        self._process.stdin.write(json.dumps([model, str(file), list(trust)]) + "\n")
         self._process.stdin.flush()
 
     def answer(self) -> str:
@@ -62,8 +63,8 @@ def _predict_when_told() -> None:
     told = sys.stdin.readline()
     if not told:  # the other process has ended
         return
-    model, file = json.loads(told)
-    print(said_of(load_model(model), Path(file))[0])
+    model, file, trust = json.loads(told)
+    print(said_of(load_model(model, trust), Path(file))[0])
     gc.freeze()  # nobody waits for a last look through all objects
 
 

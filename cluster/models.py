@@ -1,6 +1,7 @@
 """Finding a model again: by its MLflow address or its folder."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,15 @@ if TYPE_CHECKING:
     from training.export import Predictor
 
 
-def load_model(model: str) -> "Predictor":
+def load_model(model: str, trust: Sequence[str] = ()) -> "Predictor":
     """The predictor of a model in the store of `places()`, or of the folder of an export.
 
-    model: `models:/m-...`, `models:/NAME@ALIAS`, `models:/NAME/VERSION` or a folder. UserError when there is no such model.
+    model: `models:/m-...`, `models:/NAME@ALIAS`, `models:/NAME/VERSION` or a folder. trust: as `load_predictor` takes it.
+    UserError when there is no such model.
     """
     from training.export import load_predictor
 
-    return load_predictor(_downloaded(model) if model.startswith("models:/") else Path(model))
+    return load_predictor(_downloaded(model) if model.startswith("models:/") else Path(model), trust)
 
 
 def _downloaded(uri: str) -> Path:

@@ -24,9 +24,10 @@ def report_training(trained: "Trained", elsewhere: "Elsewhere", say: Say) -> Non
     """Accuracy, where things lie, a prediction by the logged model in the process `elsewhere`, and what to do next."""
     from cluster.places import places
     from cluster.runtime import stop_ray
+    from training.export import own_modules
 
     model = trained.model_uri or str(trained.export)
-    elsewhere.tell(model, trained.example)
+    elsewhere.tell(model, trained.example, trust=own_modules(trained.export))  # they have just been trained with
     stop_ray()
     learn = trained.learn
     last = learn.recorder.history[-1] if learn.recorder.history else {}

@@ -287,6 +287,12 @@ def _names(spec: dict[str, Any]) -> Iterator[str]:
                 pending.extend(found)
 
 
+def own_modules(path: str | Path) -> tuple[str, ...]:
+    """The modules of a person's own that an export of ours names something of: what `trust` has to name to load it."""
+    names = _names(json.loads(_read(Path(path), SPEC_FILE).decode("utf-8")))
+    return tuple(sorted({name.partition(":")[0] for name in names if ":" in name}))
+
+
 def _import_trusted(name: str, trust: tuple[str, ...]) -> None:
     # Ours are called by one word, a user's by module:name.
     module, colon, _ = name.partition(":")

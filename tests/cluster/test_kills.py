@@ -13,6 +13,8 @@ import psutil
 import pytest
 import ray.cloudpickle
 import torch
+from mlflow import MlflowClient
+from safetensors.torch import load_file
 
 from blocks import DataLoaders
 from blocks.errors import UserError
@@ -109,10 +111,14 @@ def killed_script(storage: str, few_digits: Path, notes: Path) -> str:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == -9, done.stdout + done.stderr
     (run,) = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("run: ")]
+    wait_for_the_end_of_its_workers(notes)
+    return run
+
+
+def wait_for_the_end_of_its_workers(notes: Path) -> None:
     for line in (notes / "began").read_text().splitlines():
         with contextlib.suppress(psutil.NoSuchProcess):
             psutil.Process(int(line.split()[2])).wait(timeout=60)
-    return run
 
 
 def test_the_driver_killed_and_the_run_gone_on_with_in_another_folder(
@@ -190,3 +196,57 @@ def test_a_training_in_this_process_goes_on_where_its_last_epoch_ended(dls: Data
     assert_same_bits(learn, whole)
     with pytest.raises(RunError, match="has ended"):
         learn.fit(SCHEDULE, on=here, resume=str(folder))
+
+
+RECIPE = """
+import os
+from pathlib import Path
+
+from killed import SCHEDULE, Kills, digits_block, small_learner
+from training import Recipe, Schedule, recipe
+
+
+@recipe
+def tiny(*, lr: float = 0.1, schedule: Schedule = SCHEDULE, pictures: str = "") -> Recipe:
+    "Kills the process that runs it."
+    kills = Kills(Path.cwd(), (0,), epoch=1, batch=3, other=os.getpid())
+    return Recipe(digits_block(), pictures, lambda dls: small_learner(dls, kills), lr, schedule, batch_size=16)
+"""
+
+
+def test_a_recipe_whose_driver_was_killed_is_resumed_and_recorded_once(
+    dls: DataLoaders, few_digits: Path, own_places: Path
+) -> None:
+    (own_places / "mine.py").write_text(RECIPE)
+    shutil.copy(killed.__file__, own_places)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def fastray(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pipelines", *words]
+        return subprocess.run(command, env=environment, cwd=own_places, capture_output=True, text=True, check=False)
+
+    broken = fastray("train", "mine:tiny", "workers=2", "lr=0.01", f"pictures={few_digits}")
+    assert broken.returncode == -9, broken.stdout + broken.stderr
+    wait_for_the_end_of_its_workers(own_places)
+    (run,) = (own_places / "runs").iterdir()
+    resumed = fastray("resume", run.name)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert f"train: going on with {run.name}, 3 epochs on 2 workers" in resumed.stdout
+    assert len(began(own_places)) == 2
+
+    weights = load_file(run / "export" / "model.safetensors")
+    for name, tensor in unbroken(2, dls).model.state_dict().items():
+        assert torch.equal(weights[name], tensor), name
+
+    client = MlflowClient(f"sqlite:///{own_places}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "tiny"]
+    (recorded,) = client.search_runs([experiment.experiment_id])
+    assert recorded.info.status == "FINISHED"
+    assert recorded.data.tags["fastray.restarts"] == "1"
+    losses = client.get_metric_history(recorded.info.run_id, "valid/loss")
+    assert [metric.step for metric in losses] == list(range(EPOCHS))
+    assert [metric.value for metric in losses] == [values["valid/loss"] for values in unbroken(2, dls).recorder.history]
+
+    again = fastray("resume", run.name)
+    assert again.returncode == 2
+    assert f"the run {run.name} has ended" in again.stderr
