@@ -38,6 +38,7 @@ def ranks_found(
             ended = running.wait(timeout=240)
         except subprocess.TimeoutExpired:
             os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
             raise AssertionError(f"ranks wait for each other: {log.read_text()}") from None
     files = {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
     failed = [found["failed"] for found in files.values() if "failed" in found]

@@ -6,6 +6,7 @@ rank runs all scenarios in turn, with two ranks and then with three; those that 
 processes of their own.
 """
 
+import faulthandler
 import importlib
 import os
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 Scenario = Callable[[int, int], Any]
 WORLDS = (2, 3)
+LONG = float(os.environ.get("RANKS_MAY_TAKE", "200"))  # seconds
 
 
 def on_ranks(*worlds: int, alone: bool = False) -> Callable[[Scenario], Scenario]:
@@ -46,6 +48,7 @@ def be_a_rank(rank: int, folder: Path, worlds: tuple[int, ...], scenarios: list[
 
     from training import distributed
 
+    faulthandler.dump_traceback_later(LONG, exit=True)  # where it waits
     os.environ["FASTRAY_CACHE"] = str(folder / f"cache{rank}")
     alone = scenarios[0].alone  # type: ignore[attr-defined]
     title = name_of(scenarios[0]) if alone else "all"
@@ -62,9 +65,14 @@ def be_a_rank(rank: int, folder: Path, worlds: tuple[int, ...], scenarios: list[
                 found["failed"] = f"{name_of(scenario)} on rank {rank} of {world}: {traceback.format_exc()}"
                 break
         torch.save(found, folder / f"{title}-{rank}of{world}.pt")
-        if "failed" in found or alone:  # the group is broken
-            os._exit(0)
-        distributed.leave()
+        if alone:
+            os._exit(0)  # its group is broken, and whether it ends well another's concern
+        if "failed" in found:
+            dist.destroy_process_group()  # those who wait for this rank notice
+            distributed.let_go_of_the_group()
+        else:
+            distributed.leave()
+    faulthandler.cancel_dump_traceback_later()
 
 
 def main(folder: Path, names: list[str]) -> None:

@@ -4,6 +4,7 @@ The ranks run the scenarios together (`several_ranks`); the tests read what they
 """
 
 import io
+import itertools
 from typing import Any
 
 import pytest
@@ -30,7 +31,9 @@ from training import (
     body_and_head,
     distributed,
     gan,
+    ranks,
 )
+from training.state import OF_RANK
 
 from .several_ranks import WORLDS, on_ranks
 
@@ -97,9 +100,22 @@ def forty_steps(rank: int, world: int) -> Results:
 
 @on_ranks(*WORLDS)
 def freezing(rank: int, world: int) -> Results:
-    learn = learner(rank, world, splitter=body_and_head)
+    class Keep(Callback):
+        """The weights before the first epoch and after each."""
+
+        def __init__(self) -> None:
+            self.kept: list[dict[str, Tensor]] = []
+
+        def before_fit(self, learn: Learner) -> None:
+            self.after_epoch(learn)
+
+        def after_epoch(self, learn: Learner) -> None:
+            self.kept.append({name: w.clone() for name, w in learn.model.state_dict().items()})
+
+    keep = Keep()
+    learn = learner(rank, world, splitter=body_and_head, callbacks=[keep])
     learn.fine_tune(2, 0.2)
-    return found(learn)
+    return found(learn, kept=keep.kept)
 
 
 @on_ranks(*WORLDS)
@@ -113,6 +129,15 @@ def batch_statistics_without_the_borrowed_row(rank: int, world: int) -> Results:
     learn.dls.train.append(share)
     assert last.global_rows == 32
     learn.fit(2)
+    return found(learn)
+
+
+@on_ranks(*WORLDS)
+def forty_steps_normalised(rank: int, world: int) -> Results:
+    learn = learner(rank, world, normalised())
+    for part in (learn.dls.train, learn.dls.valid):
+        part.pop()  # one row has no variance
+    learn.fit(13)
     return found(learn)
 
 
@@ -206,6 +231,42 @@ SAME = (
 )
 
 
+# --- what passes between ranks -------------------------------------------------------------------------------------------
+
+
+@on_ranks(*WORLDS)
+def collectives_per_step(rank: int, world: int) -> list[int]:
+    """Of a model without and with a BatchNorm, between one batch's beginning and the next one's."""
+    numbers = []
+    for model in (plain(), normalised()):
+        begun = 0
+
+        def counted(x: Tensor, begin: Any = distributed.begin_sum) -> Any:
+            nonlocal begun
+            begun += 1
+            return begin(x)
+
+        class Counts(Callback):
+            def __init__(self) -> None:
+                self.at: list[int] = []
+
+            def before_batch(self, learn: Learner) -> None:
+                self.at.append(begun)  # noqa: B023
+
+        counts = Counts()
+        learn = learner(rank, world, model, callbacks=[counts, GradientClip(1.0)])
+        learn.dls.train.pop()  # one row has no variance
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (distributed, ranks):
+                patch.setattr(module, "begin_sum", counted)
+            patch.setattr(torch.distributed, "all_gather_object", None)
+            patch.setattr(learn, "_validate", lambda dl: None)
+            learn.fit(1)
+        numbers.append([b - a for a, b in itertools.pairwise(counts.at)])
+    assert all(len(set(steps)) == 1 for steps in numbers)
+    return [steps[0] for steps in numbers]
+
+
 # --- agreement -----------------------------------------------------------------------------------------------------------
 
 
@@ -221,22 +282,24 @@ class OneRank(Callback):
     def at(self, event: str, learn: Learner) -> None:
         if event.startswith("after_cancel"):
             self.cancelled.append(f"{event} {learn.epoch} {learn.iter if learn.training else 'validation'}")
-        here = learn.epoch == 1 and (event not in ranks_in_batch or learn.iter == 1) and self.in_validation != learn.training
+        in_time = learn.epoch == (event != "before_fit") and (event not in IN_BATCH or learn.iter == 1)
+        here = in_time and self.in_validation != learn.training
         if self.mine and event == self.event and here and not self.raised:
             self.raised = True
             raise self.error
 
 
-ranks_in_batch = (
+IN_BATCH = (
     "before_batch", "after_pred", "after_loss", "before_backward", "after_backward", "before_step", "after_step", "after_batch",
 )  # fmt: skip
-AT_EVENTS = (*ranks_in_batch, "before_epoch", "before_train", "after_train", "before_validate", "after_validate", "after_epoch")
+OF_VALIDATION = ("before_batch", "after_pred", "after_loss", "after_batch", "before_validate", "after_validate", "after_epoch")
+AT_EVENTS = {*IN_BATCH, *OF_VALIDATION, "before_fit", "before_epoch", "before_train", "after_train"}
 for _event in (*AT_EVENTS, *(f"after_cancel_{part}" for part in ("batch", "train", "validate", "epoch", "fit"))):
     setattr(OneRank, _event, lambda self, learn, event=_event: self.at(event, learn))
 
 CANCELS: list[tuple[type[Exception], str, bool]] = [
-    *((CancelFitException, event, False) for event in (*ranks_in_batch, "before_train", "after_train")),
-    *((CancelFitException, event, True) for event in ("before_validate", "after_loss", "after_validate", "after_epoch")),
+    *((CancelFitException, event, False) for event in (*IN_BATCH, "before_train", "after_train")),
+    *((CancelFitException, event, True) for event in ("before_fit", "before_epoch", *OF_VALIDATION)),
     *((CancelTrainException, event, False) for event in ("before_batch", "after_loss", "after_batch")),
     *((CancelEpochException, event, False) for event in ("after_loss", "after_train")),
     *((CancelBatchException, event, False) for event in ("before_batch", "after_loss")),
@@ -283,38 +346,61 @@ def finds_rates(rank: int, world: int) -> Results:
 
 
 class KeepState(Callback):
-    """Keeps the state after some batches of a training."""
+    """Keeps the state after every batch of a training: the first rank's part that all share, and this rank's own."""
 
     order = 1000
 
     def __init__(self) -> None:
-        self.kept: dict[int, io.BytesIO] = {}
-        self.steps = 0
+        self.kept: list[io.BytesIO] = []
 
     def after_batch(self, learn: Learner) -> None:
         if learn.training:
-            self.steps += 1
-            if self.steps in (1, 5, 11):
-                torch.save(learn.state_dict(), self.kept.setdefault(self.steps, io.BytesIO()))
+            state = learn.state_dict()
+            shared = distributed.gather({key: value for key, value in state.items() if key not in OF_RANK})[0]
+            self.kept.append(io.BytesIO())
+            torch.save(shared | {key: state[key] for key in OF_RANK}, self.kept[-1])
+
+
+class OwnRows(Callback):
+    """Has a state that differs from rank to rank."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def after_batch(self, learn: Learner) -> None:
+        self.seen += learn.rows if learn.training else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen = state["seen"]
 
 
 @on_ranks(*WORLDS)
 def goes_on(rank: int, world: int) -> Results:
-    """With buckets so small that there are several."""
+    """With buckets so small that there are several, and numbers drawn by each rank's own generator."""
     size, distributed.BUCKET_BYTES = distributed.BUCKET_BYTES, 200
-    unbroken = learner(rank, world, normalised(), splitter=body_and_head, callbacks=[KeepState()])
-    unbroken.dls.train.pop()  # one row has no variance
-    unbroken.fine_tune(3, 0.2)
+
+    def one(*callbacks: Callback) -> Learner:
+        model = normalised()
+        model.insert(3, nn.Dropout(0.2))  # type: ignore[attr-defined]
+        learn = learner(rank, world, model, splitter=body_and_head, callbacks=[OwnRows(), *callbacks])
+        learn.dls.train.pop()  # one row has no variance
+        return learn
+
+    unbroken = one(KeepState())
+    torch.manual_seed(rank)
+    unbroken.fine_tune(2, 0.2)
     ends = []
-    for file in unbroken.keep_state.kept.values():  # type: ignore[attr-defined]
+    for file in unbroken.keep_state.kept:  # type: ignore[attr-defined]
         file.seek(0)
-        fresh = learner(rank, world, normalised(), splitter=body_and_head)
-        fresh.dls.train.pop()
+        fresh = one()
         fresh.load_state_dict(torch.load(file, weights_only=True))
         fresh.resume()
-        ends.append(found(fresh))
+        ends.append(found(fresh, seen=fresh.own_rows.seen))  # type: ignore[attr-defined]
     distributed.BUCKET_BYTES = size
-    return {"unbroken": found(unbroken), "ends": ends}
+    return {"unbroken": found(unbroken, seen=unbroken.own_rows.seen), "ends": ends}  # type: ignore[attr-defined]
 
 
 # --- the tests -----------------------------------------------------------------------------------------------------------
@@ -351,6 +437,32 @@ def test_ranks_end_with_the_same_bits(world: int, ranks_found: Any) -> None:
         first, *others = ranks_found(job, world)
         for other in others:
             assert_near(other["weights"], first["weights"], atol=0)
+
+
+@each_world
+def test_with_batchnorm_ranks_end_as_one_process_too(world: int, ranks_found: Any) -> None:
+    alone = forty_steps_normalised(0, 1)
+    first, *others = ranks_found(forty_steps_normalised, world)
+    assert_near(first["weights"], alone["weights"], atol=1e-4)
+    for other in others:
+        assert_near(other["weights"], first["weights"], atol=0)
+
+
+@each_world
+def test_what_is_frozen_stays_and_what_is_not_moves_alike_on_all_ranks(world: int, ranks_found: Any) -> None:
+    first, *others = (found["kept"] for found in ranks_found(freezing, world))
+    assert len(first) == 4
+    for number, weights in enumerate(first):
+        for other in others:
+            assert_near(other[number], weights, atol=0)
+    for number, (before, after) in enumerate(itertools.pairwise(first)):
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert moved == ({"1.weight", "1.bias"} if number == 0 else before.keys())
+
+
+@each_world
+def test_a_step_sums_gradients_once_and_batchnorm_in_each_pass(world: int, ranks_found: Any) -> None:
+    assert ranks_found(collectives_per_step, world) == [[1, 3]] * world
 
 
 @each_world
@@ -408,7 +520,7 @@ def test_nan_on_one_rank_stops_all_before_the_step(world: int, ranks_found: Any)
 def test_ranks_go_on_with_the_bits_of_the_unbroken_run(world: int, ranks_found: Any) -> None:
     for rank in ranks_found(goes_on, world):
         unbroken = rank["unbroken"]
-        assert len(rank["ends"]) == 3
+        assert len(rank["ends"]) == 9
         for end in rank["ends"]:
             assert_near(end["weights"], unbroken["weights"], atol=0)
-            assert end["history"] == unbroken["history"]
+            assert (end["history"], end["seen"]) == (unbroken["history"], unbroken["seen"])
