@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from sklearn import metrics as skm
 from torch import Tensor, nn
 
 from blocks import (
@@ -28,16 +29,20 @@ from training import (
     Callback,
     CancelFitException,
     CrossEntropyLossFlat,
+    F1Score,
     Learner,
+    MSELossFlat,
     Phase,
+    RocAuc,
     accuracy,
     body_and_head,
     distributed,
     error_rate,
     fine_tune,
+    rmse,
 )
 
-from .several_ranks import on_ranks
+from .several_ranks import WORLDS, on_ranks
 
 WORLD = 2
 SGD = torch.optim.SGD
@@ -98,6 +103,55 @@ def starts_with_weights_of_its_own(rank: int, world: int) -> Results:
     learn = Learner(digits(rank, world), model, opt_func=SGD, lr=0.1)
     learn.fit(1)
     return numbers(learn)
+
+
+@on_ranks(*WORLDS)
+def rows_of_each_batch(rank: int, world: int) -> list[list[list[str]]]:
+    """Of two epochs: the ids of this rank's rows."""
+    train, found = digits(rank, world).train, []
+    for epoch in range(2):
+        train.set_epoch(epoch)
+        found.append([[] if batch.borrowed else [str(i) for i in batch.ids] for batch in train])
+    return found
+
+
+class Keep(Callback):
+    """The scores and targets of the rows that are validated here."""
+
+    def __init__(self) -> None:
+        self.scores: list[Tensor] = []
+        self.targets: list[Tensor] = []
+
+    def after_loss(self, learn: Learner) -> None:
+        if not learn.training:
+            self.scores.append(learn.pred[: learn.rows])
+            self.targets.append(learn.yb[0].as_subclass(Tensor)[: learn.rows])
+
+
+def measured(learn: Learner) -> Results:
+    keep = Keep()
+    learn.fit(1, callbacks=[keep])
+    return {"record": learn.recorder.history[-1], "scores": torch.cat(keep.scores), "targets": torch.cat(keep.targets)}
+
+
+@on_ranks(*WORLDS)
+def measures_of_classes(rank: int, world: int) -> Results:
+    metrics = [accuracy, F1Score(average="macro"), RocAuc()]
+    return measured(Learner(digits(rank, world), layered(), opt_func=SGD, lr=0.1, metrics=metrics))
+
+
+@on_ranks(*WORLDS)
+def measures_of_numbers(rank: int, world: int) -> Results:
+    """The last batch has one row, which the ranks after the first do without."""
+    generator = torch.Generator().manual_seed(7)
+    x, y = torch.randn(25, 4, generator=generator), torch.randn(25, 1, generator=generator)
+    torch.manual_seed(2)
+    batches = []
+    for whole in torch.arange(25).split(8):
+        rows = whole.tensor_split(world)[rank]
+        batches += [Batch((x[rows], y[rows]), lambda: [], len(whole))] if len(rows) else []
+    learn = Learner(DataLoaders([(x, y)], batches), nn.Linear(4, 1), MSELossFlat(), SGD, lr=0.1, metrics=rmse)
+    return measured(learn)
 
 
 ROWS = torch.Generator().manual_seed(5)
@@ -226,6 +280,38 @@ def test_ranks_know_their_number_and_sum_without_changing_their_own(ranks_found:
         assert found["mine"].tolist() == [rank + 1, 10 * (rank + 1)]
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_each_row_is_seen_once_an_epoch_in_the_batch_of_one_process(world: int, ranks_found: Any) -> None:
+    alone, ranks = rows_of_each_batch(0, 1), ranks_found(rows_of_each_batch, world)
+    for epoch in range(2):
+        seen = [row for rank in ranks for batch in rank[epoch] for row in batch]
+        assert len(seen) == len(set(seen)) == 91
+        for of_ranks, whole in zip(zip(*(rank[epoch] for rank in ranks), strict=True), alone[epoch], strict=True):
+            assert sorted(row for batch in of_ranks for row in batch) == sorted(whole)
+    assert alone[0] != alone[1]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_metrics_are_scikit_learns_over_the_rows_of_all_ranks(world: int, ranks_found: Any) -> None:
+    scores, targets = gathered(ranks_found(measures_of_classes, world))
+    expected = {
+        "valid/accuracy": skm.accuracy_score(targets, scores.argmax(1)),
+        "valid/f1_score": skm.f1_score(targets, scores.argmax(1), average="macro"),
+        "valid/roc_auc_score": skm.roc_auc_score(targets, scores.softmax(1), multi_class="ovr"),
+    }
+    assert len(targets) == 29
+    for rank in ranks_found(measures_of_classes, world):
+        assert {name: rank["record"][name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    scores, targets = gathered(ranks_found(measures_of_numbers, world))
+    assert len(targets) == 25
+    for rank in ranks_found(measures_of_numbers, world):
+        assert rank["record"]["valid/rmse"] == pytest.approx(skm.root_mean_squared_error(targets, scores), abs=1e-6)
+
+
+def gathered(found: list[Results]) -> list[Tensor]:
+    return [torch.cat([rank[part] for rank in found]) for part in ("scores", "targets")]
+
+
 def test_alone_nothing_is_reduced() -> None:
     x = torch.tensor([1.0])
     assert (distributed.rank(), distributed.world()) == (0, 1)
@@ -240,3 +326,5 @@ def test_who_leaves_holds_the_group_no_more() -> None:
     assert distributed.gather("a") == ["a"]
     distributed.leave()
     assert group() is None
+    names = [thread.read_text() for thread in Path("/proc/self/task").glob("*/comm")]
+    assert not [name for name in names if "gloo" in name]
