@@ -5,10 +5,13 @@ from .models import load_model as load_model
 from .places import places as places
 from .record import record as record
 from .recording import Recording as Recording
+from .space import around_lr_find as around_lr_find
+from .space import call as call
 from .space import choice as choice
 from .space import grid as grid
 from .space import loguniform as loguniform
 from .space import uniform as uniform
+from .sweep import resume_sweep as resume_sweep
 from .sweep import sweep as sweep
 from .train import resume_recipe as resume_recipe
 from .train import train_recipe as train_recipe

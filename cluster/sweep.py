@@ -1,175 +1,170 @@
 """Sweeps: Ray Tune draws settings of a recipe function, each trial trains in a process of its own on data prepared once."""
 
 import itertools
-import logging
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, assert_never
-
-import torch
+from typing import Any
 
 from blocks.dataloaders import DataLoaders
 from blocks.errors import UserError
 from cluster.ahead import features_ahead
 from cluster.places import places
-from cluster.runs import new_run_folder
+from cluster.recording import ONLY_WHAT_ALWAYS_IS, Recording
+from cluster.runs import Run, finish_run, new_run_folder, write_run
 from cluster.runtime import check_resources, start_ray
-from cluster.space import Choice, Grid, LogUniform, Space, Uniform, space_words
-from cluster.spool import SPOOL, append, append_epoch
+from cluster.schedulers import PAUSING, check_words, drawn_at_once
+from cluster.space import AroundLrFind, candidates, ranges, space_words
+from cluster.spool import SPOOL, name_in
+from cluster.swept import Swept, space_text
 from cluster.tracking import Tracker, start_run
-from cluster.train import ending, new_learner, prepared_data, record_data, tags_of
-from training.callback import Callback
-from training.callbacks import Progress
+from cluster.train import ending, new_learner, prepared_data, record_data, record_model, tags_of
+from cluster.trial import TrialOf
+from cluster.tuning import Search, run_trials
 from training.learner import Learner
-from training.recipe import RecipeFunction, SettingError, checked, did_you_mean
-from training.schedule import as_words, total_epochs
+from training.recipe import RecipeFunction, checked
 
-SCHEDULERS = ("none", "asha")
-GOLDEN = 0.6180339887
+TRIALS = 8
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One trial: the settings it drew and those that were fixed, its last score, its epochs, and how it ended.
-
-    ended: "finished", "stopped" by the scheduler, or "failed", with the reason in `error`.
-    """
-
-    drawn: dict[str, Any]
-    fixed: dict[str, Any]
-    score: float
-    epochs: int
-    ended: str
-    error: str = ""
-
-    def rank(self, mode: str) -> tuple[bool, float]:
-        """Sorts the best first; what failed, or has no number for a score, last."""
-        usable = self.ended != "failed" and not math.isnan(self.score)
-        return not usable, (-self.score if mode == "max" else self.score) if usable else 0.0
-
-    def words(self) -> dict[str, str]:
-        """The settings as the command line takes them."""
-        return {key: as_words(value) for key, value in {**self.fixed, **self.drawn}.items()}
-
-    def describe(self) -> str:
-        """The drawn settings for reading: numbers in four digits."""
-        return described(self.drawn)
-
-
-@dataclass(frozen=True)
-class Swept:
-    """What a sweep left: its trials, best first, and MLflow's id of the parent run."""
-
-    metric: str
-    trials: tuple[Trial, ...]
-    run_id: str | None
-    folder: Path
-    seconds: float
-    trouble: str | None
-
-    def table(self) -> str:
-        """The trials as text, best first."""
-        lines = [f"{self.metric:>14}  epochs  ended       settings"]
-        lines += [f"{t.score:14.4f}  {t.epochs:6d}  {t.ended:<10}  {t.describe()}  {t.error}".rstrip() for t in self.trials]
-        return "\n".join(lines)
 
 
 def sweep(
     make: RecipeFunction,
     space: Mapping[str, Any],
     *,
-    trials: int = 8,
+    trials: int | None = None,
     scheduler: str = "asha",
+    search: str = "random",
+    workers: int = 1,
+    recording: Recording = ONLY_WHAT_ALWAYS_IS,
     say: Say = print,
 ) -> Swept:
-    """Train `trials` draws of `space` over the settings of the recipe function `make`; values in it are fixed settings.
+    """Train draws of `space` over the settings of the recipe function `make`; values in it are fixed settings.
 
-    scheduler: "asha" stops trials that fall behind (Li et al., arXiv:1810.05934), "none" lets all finish. Data is
-    prepared once, before the first trial. UserError when a space is not one of the recipe's settings' values.
+    trials: how many, 8 by default; a grid search has one for each combination. scheduler: "none", "asha", "median",
+    "hyperband" or "pbt"; search: "random", "grid" or "optuna" (`cluster.schedulers` says what they do). workers: of each
+    trial; one trains in the trial's process, several are Ray Train's. Data is prepared once, before the first trial. The
+    recipe's seed draws the same again; Optuna and population-based training also depend on which trial ends first.
+    UserError when a space is not one of the recipe's settings' values, or words do not go together.
     """
-    if trials < 1:
-        raise UserError(f"trials={trials}: a sweep has at least one")
-    if scheduler not in SCHEDULERS:
-        raise SettingError(f"there is no scheduler {scheduler!r}{did_you_mean(scheduler, SCHEDULERS)}")
+    check_words(scheduler, search, space, trials)
+    values = _check(make, space)
+    folder = Path(new_run_folder(places().storage, f"{make.__name__}-sweep"))
+    return _swept(make, dict(space), values, trials or TRIALS, scheduler, search, workers, recording, folder, say)
+
+
+def resume_sweep(
+    folder: Path,
+    make: RecipeFunction,
+    space: Mapping[str, Any],
+    *,
+    trials: int,
+    scheduler: str,
+    search: str,
+    workers: int,
+    recording: Recording = ONLY_WHAT_ALWAYS_IS,
+    say: Say = print,
+) -> Swept:
+    """Go on with the sweep in `folder`, which was broken off: trials that are over are not run again, the others anew.
+
+    The rest: what the sweep was begun with, as its `run.json` says.
+    """
+    return _swept(make, dict(space), _check(make, space), trials, scheduler, search, workers, recording, folder, say)
+
+
+def _swept(
+    make: RecipeFunction,
+    spaces: dict[str, Any],
+    values: dict[str, list[Any]],
+    trials: int,
+    scheduler: str,
+    search: str,
+    workers: int,
+    recording: Recording,
+    folder: Path,
+    say: Say,
+) -> Swept:
     began = time.perf_counter()
-    candidates = _check(make, space)
-    first = make(**{name: values[0] for name, values in candidates.items()})
-    most_epochs = max(make(**{"schedule": s}).epochs for s in candidates.get("schedule", [first.schedule]))
-    folder = Path(new_run_folder(places().storage, f"{first.name}-sweep"))
-    spool, run = folder / SPOOL, folder.name
-    with Tracker(spool, places().tracking, experiment=first.name) as tracker:
+    first = make(**{name: some[0] for name, some in values.items()})
+    epochs = max(make(**{"schedule": s}).epochs for s in values.get("schedule", [first.schedule]))
+    spool = folder / SPOOL
+    run = name_in(spool) or folder.name  # a copy of the folder may have another name
+    with Tracker(spool, places().tracking, first.name, system_metrics_of=run if recording.system_metrics else "") as tracker:
         start_ray()
-        check_resources(1, asked="a trial", say=say)
-        dls = _prepared_once(make, space, candidates, say)
-        choices = {name: values for name, values in candidates.items() if isinstance(space[name], Choice)}
-        features_ahead(make, {name: values[0] for name, values in candidates.items()}, choices)
-        metric, mode = _target(new_learner(first, dls))
-        tracker.opened()
-        folder.mkdir(parents=True)
-        texts = {key: space_words(value) for key, value in {**first.settings, **space}.items()}
-        tags = tags_of(dls) | {"fastray.sweep": run}
-        start_run(spool, run, run, {"recipe": first.name, **texts, "trials": trials, "scheduler": scheduler}, tags=tags)
+        check_resources(workers, asked="a trial", say=say)
+        dls = _prepared_once(make, spaces, values, say)
+        choices = {name: some for name, some in values.items() if not ranges(spaces[name])}
+        features_ahead(make, {name: some[0] for name, some in values.items()}, choices)
+        learn = new_learner(first, dls)
+        metric, mode = _target(learn)
+        spaces = _around_lr_find(spaces, learn, say)
+        number = trials if search == "optuna" else len(drawn_at_once(spaces, search, trials, first.seed))
+        tracker.opened(say)
+        recording.check()
+        runner = {"trials": trials, "scheduler": scheduler, "search": search, "workers": workers}
+        write_run(folder, Run("sweep", first.found_as, space_text(spaces), runner | asdict(recording)))
+        params = {"recipe": first.name, **first.settings, **space_text(spaces), **runner}
+        start_run(spool, run, run, params, tags=tags_of(dls) | {"fastray.sweep": run})
         with ending(spool, run):
             record_data(spool, run, folder, dls)
-            say(f"sweep: {trials} trials, {metric} decides, scheduler {scheduler}")
-            found = _run_trials(make, space, trials, scheduler, metric, mode, folder, say, most_epochs, first.seed)
-    return Swept(
-        metric=metric,
-        trials=tuple(sorted(found, key=lambda t: t.rank(mode))),
+            say(f"sweep: {number} trials, {metric} decides, search {search}, scheduler {scheduler}")
+            trial = TrialOf(make, spaces, resumes=scheduler in PAUSING)
+            found = run_trials(
+                Search(trial, scheduler, search, trials, workers, metric, mode, epochs, first.seed, folder, run), say
+            )
+            swept = Swept(
+                metric=metric,
+                mode=mode,
+                trials=tuple(sorted(found, key=lambda t: t.rank(mode))),
+                make=make,
+                space=spaces,
+                folder=folder,
+                seconds=0.0,
+            )
+            export = _export_best(swept, run, recording, say)
+        finish_run(folder)
+    return replace(
+        swept,
         run_id=tracker.run_id(run),
-        folder=folder,
+        model_uri=tracker.model_uri(run),
+        registered=tracker.registered(run),
+        export=export,
         seconds=time.perf_counter() - began,
         trouble=tracker.trouble,
     )
 
 
-def described(drawn: Mapping[str, Any]) -> str:
-    """Drawn settings for reading: numbers in four digits."""
-    return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={as_words(v)}" for k, v in drawn.items())
+def _export_best(swept: Swept, run: str, recording: Recording, say: Say) -> Path | None:
+    # A model that cannot be exported costs nobody a whole sweep.
+    try:
+        return record_model(swept.folder / SPOOL, run, swept.folder, swept.best_learner(), recording)
+    except ValueError as error:
+        say(f"model: the best trial's is not exported: {error}")
+        return None
 
 
-# --- the space ---------------------------------------------------------------------------------------------------------
+# --- before the first trial ------------------------------------------------------------------------------------------------
 
 
 def _check(make: RecipeFunction, space: Mapping[str, Any]) -> dict[str, list[Any]]:
     # Every value a choice can take and some of every range, checked against the recipe before anything starts.
-    candidates = {name: [checked(make, name, value) for value in _some(given)] for name, given in space.items()}
-    for name, values in candidates.items():
+    found = {name: [checked(make, name, value) for value in candidates(given)] for name, given in space.items()}
+    for name, values in found.items():
         for value in values:
             make(**{name: value})
-    return candidates
+    return found
 
 
-def _some(given: Any) -> Sequence[Any]:
-    match given:
-        case Choice(options):
-            return options
-        case LogUniform(low, high) | Uniform(low, high):
-            return (low, high, low + (high - low) * GOLDEN)  # not a whole number, where one is wanted
-    return (given,)
-
-
-def _for_tune(given: Any) -> Any:
-    from ray import tune
-
-    if not isinstance(given, Space):
-        return given
-    match given:
-        case Grid(options):
-            return tune.grid_search(list(options))
-        case Choice(options):
-            return tune.choice(list(options))
-        case LogUniform(low, high):
-            return tune.loguniform(low, high)
-        case Uniform(low, high):
-            return tune.uniform(low, high)
-        case _:
-            assert_never(given)
+def _around_lr_find(spaces: dict[str, Any], learn: Learner, say: Say) -> dict[str, Any]:
+    # Where lr_find says the rates are: run once, on the first trial's Learner.
+    if not any(isinstance(s, AroundLrFind) for s in spaces.values()):
+        return spaces
+    suggestion = learn.lr_find().suggestions["valley"]
+    found = {name: s.around(suggestion) if isinstance(s, AroundLrFind) else s for name, s in spaces.items()}
+    changed = " ".join(f"{name}={space_words(s)}" for name, s in found.items() if s != spaces[name])
+    say(f"lr_find: suggests {suggestion:.4g}, so {changed}")
+    return found
 
 
 def _prepared_once(make: RecipeFunction, space: Mapping[str, Any], candidates: dict[str, list[Any]], say: Say) -> DataLoaders:
@@ -177,9 +172,10 @@ def _prepared_once(make: RecipeFunction, space: Mapping[str, Any], candidates: d
     base = {name: values[0] for name, values in candidates.items()}
     changing = {name: values for name, values in candidates.items() if len({_plan(make, base, name, v) for v in values}) > 1}
     for name in changing:
-        if not isinstance(space[name], Choice):
+        if ranges(space[name]):
             raise UserError(
-                f"{name} changes how the data is prepared, so it is a choice(...) or grid(...), not {space_words(space[name])}"
+                f"{name} changes how the data is prepared, so it is a choice(...) or grid(...) of values, "
+                f"not {space_words(space[name])}"
             )
     found: dict[str, DataLoaders] = {}
     for values in itertools.product(*changing.values()):
@@ -205,126 +201,3 @@ def _target(learn: Learner) -> tuple[str, str]:
     if not learn.metrics:
         return "valid/loss", "min"
     return f"valid/{learn.metrics[0].name}", "max" if learn.metrics[0].higher_is_better else "min"
-
-
-# --- the trials --------------------------------------------------------------------------------------------------------
-
-
-class _TuneReport(Callback):
-    """Reports each epoch of a trial to Ray Tune."""
-
-    order = 90
-
-    def after_epoch(self, learn: Learner) -> None:
-        from ray import tune
-
-        tune.report(dict(learn.recorder.values))
-
-
-def _trial(settings: dict[str, Any], make: RecipeFunction) -> None:
-    """What one trial runs, in its own process: the same as a training run in this process."""
-    torch.set_num_threads(1)  # a trial has one CPU
-    recipe = make(**settings)
-    block, source = recipe.data()
-    dls = block.dataloaders(source, **recipe.data_settings)
-    learn = new_learner(recipe, dls)
-    for callback in list(learn.callbacks):
-        if isinstance(callback, Progress):
-            learn.remove_callback(callback)
-    learn.add_callback(_TuneReport())
-    learn.fit(recipe.schedule, recipe.lr)
-
-
-def _run_trials(
-    make: RecipeFunction,
-    space: Mapping[str, Any],
-    trials: int,
-    scheduler: str,
-    metric: str,
-    mode: str,
-    folder: Path,
-    say: Say,
-    most_epochs: int,
-    seed: int,
-) -> list[Trial]:
-    from ray import tune
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
-    from ray.tune.search import BasicVariantGenerator
-
-    drawn_names = [name for name, given in space.items() if isinstance(given, Space)]
-    spool, parent = folder / SPOOL, folder.name
-
-    running: set[str] = set()
-    configs: dict[str, dict[str, Any]] = {}  # a result has none when its process died before it could say
-
-    class ToSpool(tune.Callback):
-        """Runs on the driver: each trial is a child run of the sweep's."""
-
-        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            running.add(trial.trial_id)
-            configs[trial.trial_id] = dict(trial.config)
-            settings = make(**trial.config).settings
-            start_run(
-                spool,
-                trial.trial_id,
-                f"{parent}-{trial.trial_id}",
-                {k: as_words(v) for k, v in settings.items()},
-                parent=parent,
-            )
-
-        def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
-            own = ("train/", "valid/", "hp/", "time/")
-            values = {k: v for k, v in result.items() if k == "epoch" or k.startswith(own)}
-            append_epoch(spool, trial.trial_id, values)
-            drawn = described({name: trial.config[name] for name in drawn_names})
-            epochs = total_epochs(make(**trial.config).schedule)
-            score = values.get(metric, math.nan)
-            say(f"trial {trial.trial_id}  epoch {values['epoch'] + 1}/{epochs}  {metric} {score:.4f}  {drawn}")
-
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            running.discard(trial.trial_id)
-            append(spool, "end", trial.trial_id, status="FINISHED")
-
-        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            running.discard(trial.trial_id)
-            append(spool, "end", trial.trial_id, status="FAILED")
-
-    tuner = tune.Tuner(
-        tune.with_resources(partial(_trial, make=make), {"cpu": 1}),
-        param_space={name: _for_tune(given) for name, given in space.items()},
-        tune_config=tune.TuneConfig(
-            num_samples=trials,
-            metric=metric,
-            mode=mode,
-            search_alg=BasicVariantGenerator(random_state=seed),
-            scheduler=ASHAScheduler(max_t=most_epochs) if scheduler == "asha" else FIFOScheduler(),
-            reuse_actors=True,
-        ),
-        run_config=tune.RunConfig(name="trials", storage_path=str(folder), verbose=0, callbacks=[ToSpool()]),
-    )
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's error is told at the end
-    try:
-        results = tuner.fit()
-    finally:
-        for trial_id in running:  # interrupted
-            append(spool, "end", trial_id, status="KILLED")
-    by_id = {r.metrics["trial_id"]: r for r in results if r.metrics and "trial_id" in r.metrics}
-    found = [_as_trial(by_id.get(i), config, drawn_names, metric, make) for i, config in configs.items()]
-    if all(t.ended == "failed" for t in found):
-        raise RuntimeError(f"all {len(found)} trials failed; the first error:\n{results.errors[0]}")
-    return found
-
-
-def _as_trial(result: Any, config: dict[str, Any], drawn_names: Sequence[str], metric: str, make: RecipeFunction) -> Trial:
-    metrics = result.metrics if result is not None else {}
-    epochs = int(metrics.get("epoch", -1)) + 1
-    error = "its process ended before its first report" if result is None else str(result.error or "").strip()
-    whole = epochs == total_epochs(make(**config).schedule)
-    return Trial(
-        drawn={name: config[name] for name in drawn_names},
-        fixed={name: value for name, value in config.items() if name not in drawn_names},
-        score=metrics.get(metric, math.nan),
-        epochs=epochs,
-        ended="failed" if error else "finished" if whole else "stopped",
-        error=error.splitlines()[-1] if error else "",
-    )

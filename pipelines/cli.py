@@ -21,7 +21,7 @@ from blocks.house import HOUSE
 RECORDING: dict[str, type] = {"register": str, "alias": str, "system_metrics": bool}
 RUNNER_WORDS: dict[str, dict[str, type]] = {
     "train": {"workers": int, **RECORDING},
-    "sweep": {"trials": int, "scheduler": str},
+    "sweep": {"trials": int, "scheduler": str, "search": str, "workers": int, **RECORDING},
 }
 
 
@@ -81,14 +81,24 @@ def train(name: str, words: Sequence[str], debug: bool) -> None:
 @cli.command()
 @click.argument("run")
 def resume(run: str) -> None:
-    """Go on with RUN, which was broken off: its folder, or its name in the folder of the runs."""
+    """Go on with RUN, a training or a sweep that was broken off: its folder, or its name in the folder of the runs."""
     from cluster.places import places
     from cluster.runs import find_run
 
     folder, begun = find_run(run, places().storage)
     if begun.recipe is None:
         raise UserError(f"{run} was begun by a script: run it again with learn.fit(..., resume={run!r})")
-    make, settings, _ = _read(begun.recipe, [f"{key}={text}" for key, text in begun.words.items()], {})
+    swept = begun.kind == "sweep"
+    make, settings, _ = _read(begun.recipe, [f"{key}={text}" for key, text in begun.words.items()], {}, spaces=swept)
+    if swept:
+        from cluster import Recording, resume_sweep
+        from pipelines.report import report_sweep
+
+        runner = dict(begun.runner)
+        recording = Recording.taken_from(runner)
+        found = resume_sweep(Path(folder), make, settings, **runner, recording=recording, say=click.echo)
+        report_sweep(found, begun.recipe, say=click.echo)
+        return
     recipe = make(**settings)
     from cluster import Recording, Workers, resume_recipe
     from cluster.elsewhere import Elsewhere
@@ -105,15 +115,21 @@ def resume(run: str) -> None:
 @click.argument("name", metavar="RECIPE")
 @click.argument("words", nargs=-1, metavar="[KEY=VALUE]...")
 def sweep(name: str, words: Sequence[str]) -> None:
-    """Try settings of RECIPE: lr='loguniform(1e-4,1e-1)' trials=4 scheduler=asha.
+    """Try settings of RECIPE: lr='loguniform(1e-4,1e-1)' trials=4 scheduler=asha search=optuna.
 
-    A setting is a value or a space: choice(a, b), grid(a, b), uniform(low, high), loguniform(low, high).
+    A setting is a value or a space: choice(a, b), grid(a, b), uniform(low, high), loguniform(low, high), lr also
+    around_lr_find(10). Spaces lie within spaces: choice(one_cycle(5), fine_tune(4, freeze_epochs=choice(1, 2))).
+
+    scheduler: asha, none, median, hyperband, pbt. search: random, grid, optuna. workers=N trains each trial on N Ray Train
+    workers. register=NAME alias=champion registers the best trial's model.
     """
     make, settings, runner = _read(name, words, RUNNER_WORDS["sweep"], spaces=True)
+    from cluster import Recording
     from cluster import sweep as run_sweep
     from pipelines.report import report_sweep
 
-    report_sweep(run_sweep(make, settings, **runner, say=click.echo), name, say=click.echo)
+    recording = Recording.taken_from(runner)
+    report_sweep(run_sweep(make, settings, **runner, recording=recording, say=click.echo), name, say=click.echo)
 
 
 @cli.command()
@@ -227,9 +243,9 @@ def _read(
     names: dict[str, Any] = SCHEDULES
     kinds: tuple[type, ...] = ()
     if spaces:
-        from cluster.space import KINDS, SPACES
+        from cluster.space import KINDS, NAMES
 
-        names, kinds = SCHEDULES | SPACES, KINDS
+        names, kinds = NAMES, KINDS
     settings: dict[str, Any] = {}
     runner: dict[str, Any] = {}
     for word in words:

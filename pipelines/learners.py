@@ -35,14 +35,17 @@ from training.models import torchvision_names
 from training.precision import Precision
 
 
-def image_classifier(dls: DataLoaders, arch: str = "resnet18", precision: Precision = "auto") -> Learner:
+def image_classifier(
+    dls: DataLoaders, arch: str = "resnet18", precision: Precision = "auto", wd: float | None = None
+) -> Learner:
     """A Learner of torchvision's `arch` from random weights, one output a class, with accuracy; two parameter groups.
 
     precision: in which it trains, "auto": bfloat16 where the hardware has it, else float32. It predicts in float32.
+    wd: weight decay, None: the optimizer's own.
     """
     model = torchvision_classifier(arch=arch, n_out=len(dls.vocab))
     callbacks = precision_callbacks(precision, default_device())
-    return Learner(dls, model, splitter=body_and_head, metrics=accuracy, callbacks=callbacks)
+    return Learner(dls, model, splitter=body_and_head, metrics=accuracy, callbacks=callbacks, wd=wd)
 
 
 def vision_learner(

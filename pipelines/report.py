@@ -64,9 +64,16 @@ def report_sweep(swept: "Swept", name: str, say: Say) -> None:
     from cluster.places import places
 
     say(swept.table())
-    best = swept.trials[0]
+    best = swept.best
     say(f"best     {best.describe()}: {swept.metric} {best.score:.4f}; {swept.seconds:.0f} s in all")
+    failed = [t.error_file for t in swept.trials if t.error_file is not None]
+    if failed:
+        say(f"failed   {len(failed)} of {len(swept.trials)} trials; all that is known of them is in {failed[0].parent}")
     say(f"run      {swept.run_id or 'not sent'}  in {shown(places().tracking)}, one child run a trial")
+    if swept.export is not None:
+        say(f"model    {swept.model_uri or 'not sent'}  of the best trial, exported to {swept.export}")
+    if swept.registered:
+        say(f"         {swept.registered}")
     if swept.trouble:
         say(_not_sent(swept.trouble, swept.folder))
     say("next     fastray ui")

@@ -6,10 +6,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from blocks import (
     IMAGENET_STATS,
@@ -20,13 +20,14 @@ from blocks import (
     Normalize,
     RandomSplitter,
     Resize,
+    aug_transforms,
     get_image_files,
     parent_label,
 )
 from blocks.cache import cache_folder
 from blocks.errors import UserError
 from blocks.splits import Splitter
-from blocks.transform import Transform
+from blocks.transform import TransformLike
 from pipelines.images import image_block as image_block
 from pipelines.images import image_dataloaders as image_dataloaders
 from pipelines.learners import image_classifier as image_classifier
@@ -35,6 +36,7 @@ from pipelines.learners import vision_learner as vision_learner
 from training import Recipe, Schedule, fine_tune, one_cycle, recipe
 from training.recipe import SettingError
 
+Augment = Literal["none", "standard"]
 BatchSize = Annotated[int, Field(ge=2)]  # BatchNorm, which torchvision's classifiers have, needs two rows
 
 
@@ -110,18 +112,23 @@ def digits(
     arch: str = "resnet18",
     lr: PositiveFloat = 3e-3,
     schedule: Schedule = one_cycle(5),
+    wd: NonNegativeFloat = 0.01,
+    augment: Augment = "none",
     batch_size: BatchSize = 64,
     size: int = 32,
     seed: int = 42,
 ) -> Recipe:
     """scikit-learn's handwritten digits: 1,797 pictures of ten classes.
 
-    arch: a classifier of torchvision. size: side of the pictures in pixels. seed: of the order and the weights.
+    arch: a classifier of torchvision. wd: weight decay. augment: "standard" are aug_transforms, without flips: a digit is
+    no other one's mirror image. size: side of the pictures in pixels. seed: of the order and the weights.
     """
     return Recipe(
-        block=_classes_in_folders(size, RandomSplitter(0.2, seed=42), Normalize.from_stats(*IMAGENET_STATS)),
+        block=_classes_in_folders(
+            size, RandomSplitter(0.2, seed=42), *_augmented(augment, do_flip=False), Normalize.from_stats(*IMAGENET_STATS)
+        ),
         source=digits_folder,
-        learner=partial(image_classifier, arch=arch),
+        learner=partial(image_classifier, arch=arch, wd=wd),
         lr=lr,
         schedule=schedule,
         batch_size=batch_size,
@@ -136,6 +143,8 @@ def folder(
     arch: str = "resnet18",
     lr: PositiveFloat = 3e-3,
     schedule: Schedule = one_cycle(5),
+    wd: NonNegativeFloat = 0.01,
+    augment: Augment = "none",
     batch_size: BatchSize = 64,
     size: int = 128,
     seed: int = 42,
@@ -143,13 +152,16 @@ def folder(
 ) -> Recipe:
     """Your own pictures: a folder with one folder of image files a class.
 
-    path: that folder. arch: a classifier of torchvision. size: side of the pictures in pixels. seed: of the order
-    and the weights. max_bad_rows: how many unreadable files may be left out.
+    path: that folder. arch: a classifier of torchvision. wd: weight decay. augment: "standard" are aug_transforms.
+    size: side of the pictures in pixels. seed: of the order and the weights. max_bad_rows: how many unreadable files may
+    be left out.
     """
     return Recipe(
-        block=_classes_in_folders(size, RandomSplitter(0.2, seed=42), Normalize.from_stats(*IMAGENET_STATS)),
+        block=_classes_in_folders(
+            size, RandomSplitter(0.2, seed=42), *_augmented(augment), Normalize.from_stats(*IMAGENET_STATS)
+        ),
         source=partial(_given_folder, path),
-        learner=partial(image_classifier, arch=arch),
+        learner=partial(image_classifier, arch=arch, wd=wd),
         lr=lr,
         schedule=schedule,
         batch_size=batch_size,
@@ -191,7 +203,11 @@ def _given_folder(path: str) -> Path:
     return Path(path).expanduser()
 
 
-def _classes_in_folders(size: int, splitter: Splitter, *batch_tfms: Transform) -> DataBlock:
+def _augmented(augment: Augment, do_flip: bool = True) -> list[TransformLike]:
+    return aug_transforms(do_flip=do_flip) if augment == "standard" else []
+
+
+def _classes_in_folders(size: int, splitter: Splitter, *batch_tfms: TransformLike) -> DataBlock:
     return DataBlock(
         blocks=(ImageBlock(), CategoryBlock()),
         get_items=get_image_files,

@@ -1,0 +1,171 @@
+"""Sweeps as they run, on one Ray: what trials share, how they end, what is free afterwards."""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import Recording, call, choice, grid, loguniform, resume_sweep, sweep
+from cluster.runs import RUN_FILE, read_run
+from cluster.space import NAMES
+from cluster.swept import Swept
+from training.expressions import read_expression
+from training.schedule import flat, one_cycle
+
+from . import toy as module
+from .toy import toy
+
+# Ray's, where the machine is so busy that Optuna takes a second to draw.
+pytestmark = pytest.mark.filterwarnings("ignore:Define-by-run function passed")
+OF_RAY_DATA = ("_StatsActor", "_AutoscalingCoordinatorActor")  # there as long as Ray is
+
+
+@pytest.fixture
+def space(few_digits: Path, tmp_path: Path, ray_running: None) -> Iterator[dict[str, Any]]:
+    """Where the toy recipe finds its data and notes what it does. Afterwards nothing of a sweep may hold anything."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(module)  # tests cannot be imported in Ray's processes
+    yield {"log": str(tmp_path / "log"), "path": str(few_digits)}
+    cloudpickle.unregister_pickle_by_value(module)
+    nothing_is_held()
+
+
+def nothing_is_held() -> None:
+    import time
+
+    import ray
+    from ray.util.placement_group import placement_group_table
+
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        free, there = ray.available_resources(), ray.cluster_resources()
+        groups = [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
+        held = {k: v for k, v in there.items() if "memory" not in k and free.get(k, 0) < v}
+        alive = [a for a in ray._private.state.actors().values() if a["State"] != "DEAD"]
+        actors = [a for a in alive if a["ActorClassName"] not in OF_RAY_DATA]
+        if not groups and not held and not actors:
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"still held: {held}, placement groups {groups}, actors {actors}")
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def test_trials_share_data_and_processes_and_are_the_same_wherever_they_run(space: dict[str, Any]) -> None:
+    log = Path(space["log"])
+    before_trials: list[str] = []
+
+    def say(line: str) -> None:
+        if line.startswith("sweep:"):
+            before_trials.append(log.read_text())
+
+    found = sweep(toy, space | {"wd": grid(0.1, 0.1, 0.1, 0.1, 0.1)}, trials=1, scheduler="none", say=say)
+    assert [t.ended for t in found.trials] == ["finished"] * 5
+    assert before_trials == [log.read_text()]  # what was decoded before them was decoded for all
+    processes = Counter(Path(f"{log}.pids").read_text().split())
+    processes.pop(str(os.getpid()), None)  # the driver asks a Learner for its metric
+    assert sum(processes.values()) == 5
+    assert len(processes) < 5
+    histories = [[{k: v for k, v in e.items() if not k.startswith("time/")} for e in t.history] for t in found.trials]
+    assert all(h == histories[0] for h in histories)
+    assert found.best_learner().validate()["valid/accuracy"] == pytest.approx(found.best.score)
+    assert [v["epoch"] for v in found.best_learner().recorder.history] == [0, 1, 2]
+
+
+def test_a_failing_trial_and_a_dead_process_are_told_and_end_nothing_else(space: dict[str, Any]) -> None:
+    said: list[str] = []
+    found = sweep(toy, space | {"how": grid("well", "raise", "die")}, trials=1, scheduler="none", say=said.append)
+    by_number = sorted(found.trials, key=lambda t: t.number)
+    assert [t.ended for t in by_number] == ["finished", "failed", "failed"]
+    assert found.best.number == 0
+    _, raised, died = by_number
+    assert raised.error.startswith("""KeyError: "a mistake of the user's" (""")
+    assert "toy.py:" in raised.error
+    assert died.error == "its process died"
+    assert raised.error_file is not None
+    assert died.error_file is not None
+    assert "before_batch" in raised.error_file.read_text()
+    assert "ActorDiedError" in died.error_file.read_text() or "died" in died.error_file.read_text()
+    assert any("trial 0001  failed" in line for line in said)
+
+
+def test_where_all_trials_fail_the_first_error_is_raised_as_itself(space: dict[str, Any]) -> None:
+    with pytest.raises(KeyError, match="a mistake of the user's") as caught:
+        sweep(toy, space | {"how": "raise", "lr": grid(1e-3, 1e-2)}, trials=1, scheduler="none", say=quiet)
+    assert any("Mischief.before_batch" in note for note in caught.value.__notes__)
+
+
+def test_population_based_training_takes_over_weights_and_mutates_rates(space: dict[str, Any]) -> None:
+    drawn = {"lr": loguniform(1e-5, 1e-1), "wd": choice(0.0, 0.1, 0.2), "schedule": flat(6)}
+    found = sweep(toy, space | drawn, trials=4, scheduler="pbt", say=quiet)
+    assert [t.ended for t in found.trials] == ["finished"] * 4
+    assert all([v["epoch"] for v in t.history] == list(range(6)) for t in found.trials)
+    changed = 0
+    for trial in found.trials:
+        rates = [v["hp/lr"] for v in trial.history]
+        assert rates[-1] == pytest.approx(trial.drawn["lr"])
+        changed += len(set(rates)) > 1
+    assert changed
+    # A rate of 1e-5 alone would have come nowhere: its weights are another's.
+    assert min(t.score for t in found.trials) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "search"), [("asha", "random"), ("median", "random"), ("hyperband", "random"), ("none", "optuna")]
+)
+def test_each_scheduler_and_search(scheduler: str, search: str, space: dict[str, Any]) -> None:
+    words = {"lr": loguniform(1e-5, 1e-1), "schedule": choice(call(flat, choice(3, 4)), one_cycle(3))}
+    found = sweep(toy, space | words, trials=6, scheduler=scheduler, search=search, say=quiet)
+    assert sorted(t.number for t in found.trials) == list(range(6))
+    assert {t.ended for t in found.trials} <= {"finished", "stopped"}
+    assert found.best.score == max(t.score for t in found.trials) > 0.8
+    if scheduler != "none":
+        assert "stopped" in {t.ended for t in found.trials}
+    assert found.best.state is not None
+
+
+def interrupt_after(lines: int) -> Any:
+    heard: list[str] = []
+
+    def say(line: str) -> None:
+        heard.append(line)
+        if sum(line.startswith("trial") for line in heard) == lines:
+            raise KeyboardInterrupt
+
+    return say
+
+
+def resumed(folder: Path) -> Swept:
+    begun = read_run(folder)
+    words = {name: read_expression(text, NAMES) if "(" in text else text for name, text in begun.words.items()}
+    runner = dict(begun.runner)
+    return resume_sweep(folder, toy, words, recording=Recording.taken_from(runner), **runner, say=quiet)
+
+
+@pytest.mark.parametrize("search", ["random", "optuna"])
+def test_an_interrupted_sweep_goes_on_with_what_is_left(search: str, space: dict[str, Any], own_places: Path) -> None:
+    words = space | {"lr": loguniform(1e-5, 1e-1)}
+    with pytest.raises(KeyboardInterrupt):
+        sweep(toy, words, trials=5, scheduler="none", search=search, say=interrupt_after(8))
+    nothing_is_held()
+    (file,) = (own_places / "runs").glob(f"*/{RUN_FILE}")
+    before = (file.parent / "trials.jsonl").read_text()
+    over = before.count('"ended"')
+    assert 1 <= over < 5
+    found = resumed(file.parent)
+    assert sorted(t.number for t in found.trials) == list(range(5))
+    assert all(t.ended == "finished" and t.epochs == 3 and not math.isnan(t.score) for t in found.trials)
+    lines = (file.parent / "trials.jsonl").read_text()
+    assert lines.startswith(before)
+    assert lines.count('"ended"') == 5  # what had ended has not run again
+    if search == "random":
+        again = sweep(toy, words, trials=5, scheduler="none", say=quiet)
+        key = {t.number: (t.drawn["lr"], t.score) for t in again.trials}
+        assert {t.number: (t.drawn["lr"], t.score) for t in found.trials} == key
