@@ -74,6 +74,10 @@ from .resize import RandomCrop as RandomCrop
 from .resize import RandomResizedCrop as RandomResizedCrop
 from .resize import RatioResize as RatioResize
 from .resize import Resize as Resize
+from .series import MakeSeries as MakeSeries
+from .series import NormalizeSeries as NormalizeSeries
+from .series import SeriesBlock as SeriesBlock
+from .series import StandardizeSeries as StandardizeSeries
 from .show import plot_top_losses as plot_top_losses
 from .show import show_batch as show_batch
 from .show import show_results as show_results

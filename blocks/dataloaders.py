@@ -14,10 +14,12 @@ from blocks.feed import Batch, Feed
 from blocks.fit import fitted_batch_side
 from blocks.items import ItemGetter
 from blocks.newitems import NewItems, only_inputs
-from blocks.plan import BatchSide, Encode, Plan, the_item
+from blocks.plan import BatchSide, Column, Encode, Plan, the_item
 from blocks.prepared import Prepared
+from blocks.resident import Windows
 from blocks.sources import source_of
 from blocks.splits import TRAIN, VALID
+from blocks.streams import Streams
 from blocks.tensors import TensorCategory
 from blocks.transform import Pipeline, TransformLike
 
@@ -103,6 +105,17 @@ class DataLoaders:
         tfms = self.encode.columns[-1].type_tfms.transforms
         return next((t.vocab for t in tfms if hasattr(t, "vocab")), ())
 
+    @property
+    def target(self) -> Column | None:
+        """How the target is encoded: that of the one target block, or of the input that the feed cuts targets off."""
+        if self.encode is None:
+            return None
+        targets = self.encode.columns[self.encode.n_inp :]
+        samples = getattr(self.valid, "samples", None)
+        if not targets and (isinstance(samples, Streams) or (isinstance(samples, Windows) and samples.horizon)):
+            return self.encode.columns[-1]
+        return targets[0] if len(targets) == 1 else None
+
     def one_batch(self, part: int = VALID) -> Any:
         """The first batch of a part after the batch transforms."""
         loader = self.valid if part == VALID else self.train
@@ -116,6 +129,8 @@ class DataLoaders:
         if self.encode is None:
             return samples
         encode = self.encode
+        if len(columns) > len(encode.layout):  # the feed cut the targets off the stored column
+            return [tuple(decode_sample(encode, (part,))[0] for part in sample) for sample in samples]
         if len(columns) == encode.n_input_columns < len(encode.layout):
             encode = only_inputs(encode)
         return [decode_sample(encode, sample) for sample in samples]

@@ -204,7 +204,7 @@ class ColReader:
 
     def _read(self, row: Any, col: str | int) -> Any:
         value = cell(row, col)
-        if value is None or value != value:  # NaN
+        if value is None or (not hasattr(value, "__len__") and value != value):  # NaN
             return None if self.label_delim is None else []
         if self.pref or self.suff:
             value = f"{self._prefix}{value}{self.suff}"

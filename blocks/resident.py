@@ -5,6 +5,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from blocks import order
 from blocks.errors import DataError
@@ -21,15 +22,26 @@ class Windows:
 
     The other columns give their whole row to each of its windows. A row shorter than `length` has none. Nothing is cut when
     data is prepared: a window is copied out of the stored row when a batch is made.
+
+    horizon: so many steps more belong to each window, and are its target: a batch has what the window of the first column
+    holds, what follows it, and the other columns.
     """
 
     length: int
     stride: int = 1
     columns: tuple[str, ...] = ("x",)
+    horizon: int = 0
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.stride < 1:
             raise ValueError(f"the length and the stride of windows are at least 1, not {self.length} and {self.stride}")
+        if self.horizon < 0:
+            raise ValueError(f"the horizon is how many steps follow a window, not {self.horizon}")
+
+    @property
+    def steps(self) -> int:
+        """How many steps of the stored row a window takes, with those that follow it."""
+        return self.length + self.horizon
 
     def ends(self, shards: Shards, rows: np.ndarray) -> np.ndarray:
         """How many windows the rows up to and with each one have, int64 (rows,).
@@ -42,10 +54,10 @@ class Windows:
                 raise DataError(
                     f"the columns {self.columns[0]!r} and {name!r} of a row differ in length, so no window fits both"
                 )
-        ends = np.cumsum(np.maximum(0, (lengths - self.length) // self.stride + 1))
+        ends = np.cumsum(np.maximum(0, (lengths - self.steps) // self.stride + 1))
         if not len(ends) or not ends[-1]:
             raise DataError(
-                f"no row is as long as a window of {self.length}: the longest has {lengths.max(initial=0)}. Use shorter windows"
+                f"no row is as long as a window of {self.steps}: the longest has {lengths.max(initial=0)}. Use shorter windows"
             )
         return ends
 
@@ -95,7 +107,14 @@ class Resident:
             own, borrowed = share_of(np.arange(start, end), feed.rank, feed.world, lend=feed.part == TRAIN)
             return self._share(found[own], own, end - start, borrowed) if len(own) else None
 
-        return Epoch(share, partial(gather, shards=self.shards, pad=feed.pad, joined=self.shards.joined))
+        read = partial(gather, shards=self.shards, pad=feed.pad, joined=self.shards.joined)
+        horizon = 0 if self.windows is None else self.windows.horizon
+
+        def ahead(share: Share) -> list[torch.Tensor]:
+            window, *rest = read(share)
+            return [window[:, :-horizon], window[:, -horizon:], *rest]
+
+        return Epoch(share, ahead if horizon else read)
 
     def _share(self, chosen: np.ndarray, places: np.ndarray, global_rows: int, borrowed: bool) -> Share:
         if self.windows is None:
@@ -104,7 +123,7 @@ class Resident:
             of = np.searchsorted(self._ends, chosen, side="right")
             first = np.where(of > 0, self._ends[of - 1], 0)
             rows, starts = self.rows[of], (chosen - first) * self.windows.stride
-            samples, span = (rows << 32) + starts, Span(starts, self.windows.length, self.windows.columns)
+            samples, span = (rows << 32) + starts, Span(starts, self.windows.steps, self.windows.columns)
         if self.weights is not None:  # a row that comes twice in an epoch is drawn for twice
             samples = places
         return Share(rows, samples, global_rows, borrowed, span)

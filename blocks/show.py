@@ -10,7 +10,7 @@ or, where a picture of one value will do, a method of `draw`. `samples` are deco
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,7 @@ def draw(axis: Any, value: LabeledBBox) -> None:  # noqa: F811
 
 @dispatch  # type: ignore[no-redef]
 def draw(axis: Any, value: TensorSeries) -> None:  # noqa: F811
-    axis.plot(np.asarray(value.cpu()).T, linewidth=0.8)
+    axis.plot(np.asarray(value.cpu()), linewidth=0.8)
 
 
 @dispatch  # type: ignore[no-redef]
@@ -130,6 +130,11 @@ def show_batch(x: object, y: object, *, samples: Samples) -> Figure:  # noqa: F8
     return _table([*["input"] * (len(samples[0]) - 1), "target"] if len(samples[0]) > 1 else ["input"], samples)
 
 
+@dispatch  # type: ignore[no-redef]
+def show_batch(x: TensorSeries, y: TensorSeries, *, samples: Samples) -> Figure:  # noqa: F811
+    return _forecasts(samples, [()] * len(samples))
+
+
 @dispatch
 def show_results(x: TensorImage | TensorSeries, y: object, *, samples: Samples, predictions: Sequence[Any]) -> Figure:
     """A figure of decoded samples and the decoded predictions for them: green where they agree, else red."""
@@ -151,6 +156,13 @@ def show_results(  # noqa: F811
 def show_results(x: TensorTabular, y: object, *, samples: Samples, predictions: Sequence[Any]) -> Figure:  # noqa: F811
     rows = [(*_cells(sample), predicted) for sample, predicted in zip(samples, predictions, strict=True)]
     return _table(_table_names(samples, ["target", "prediction"]), rows)
+
+
+@dispatch  # type: ignore[no-redef]
+def show_results(  # noqa: F811
+    x: TensorSeries, y: TensorSeries, *, samples: Samples, predictions: Sequence[Any]
+) -> Figure:
+    return _forecasts(samples, [(p,) for p in predictions])
 
 
 @dispatch  # type: ignore[no-redef]
@@ -204,6 +216,18 @@ def _beside(samples: Samples, predictions: Sequence[Any], titles: Sequence[tuple
     return figure
 
 
+def _forecasts(samples: Samples, predictions: Sequence[tuple[Any, ...]]) -> Figure:
+    # What was seen, what came, and dashed what was foretold: a value a step and channel, or several of a forecast's quantiles.
+    figure, axes = _grid(len(samples))
+    for axis, (seen, came), foretold in zip(axes, samples, predictions, strict=True):
+        ahead = np.arange(len(seen), len(seen) + len(came))
+        axis.plot(np.asarray(seen.cpu()), linewidth=0.8, color="grey")
+        axis.plot(ahead, np.asarray(came.cpu()), linewidth=0.8, color="black")
+        for values in foretold:
+            axis.plot(ahead, np.asarray(values.cpu()).reshape(len(came), -1), "--", linewidth=0.8, color="tab:blue")
+    return figure
+
+
 def _grid(n: int, columns: int | None = None) -> tuple[Figure, list[Any]]:
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
@@ -215,14 +239,14 @@ def _grid(n: int, columns: int | None = None) -> tuple[Figure, list[Any]]:
 
 
 def _cells(sample: Sequence[Any]) -> list[Any]:
-    # The row of a table, a mapping by column, as cells; what follows it as it is.
+    # The row of a table, a mapping by column once decoded, as cells; what follows it as it is.
     row, *rest = sample
-    return [*row.values(), *rest]
+    return [*row.values(), *rest] if isinstance(row, Mapping) else list(sample)
 
 
 def _table_names(samples: Samples, rest: Sequence[str]) -> list[str]:
     row, *targets = samples[0]
-    return [*row, *(rest if targets else rest[1:])]
+    return [*(row if isinstance(row, Mapping) else ["input"]), *(rest if targets else rest[1:])]
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> Figure:

@@ -132,7 +132,9 @@ class TensorText(TensorBase):
 
 
 class TensorSeries(TensorBase):
-    """Values over time, float32, (..., channels, steps)."""
+    """Values over time, float32, (..., steps, channels): time first, so that windows and padding lie along it."""
+
+    ragged: ClassVar[bool] = True
 
 
 class TensorTabular(TensorBase):

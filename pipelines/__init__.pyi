@@ -12,6 +12,11 @@ from .learners import unet_learner as unet_learner
 from .learners import vision_learner as vision_learner
 from .recipes import find_recipe as find_recipe
 from .recipes import recipe_names as recipe_names
+from .series import forecast_block as forecast_block
+from .series import forecast_dataloaders as forecast_dataloaders
+from .series import forecast_learner as forecast_learner
+from .series import series_block as series_block
+from .series import series_learner as series_learner
 from .tabular import permutation_importance as permutation_importance
 from .tabular import tabular_block as tabular_block
 from .tabular import tabular_dataloaders as tabular_dataloaders

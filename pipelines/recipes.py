@@ -10,6 +10,7 @@ RECIPES = {
     **dict.fromkeys(("digits", "folder", "textures"), "pipelines.vision"),
     **dict.fromkeys(("penguins", "titanic", "credit", "ames", "table"), "pipelines.tabular"),
     **dict.fromkeys(("movies", "ratings"), "pipelines.collab"),
+    **dict.fromkeys(("temperature", "cities"), "pipelines.series"),
 }
 
 

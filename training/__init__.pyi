@@ -80,6 +80,7 @@ from .losses import L1LossFlat as L1LossFlat
 from .losses import LabelSmoothingCrossEntropy as LabelSmoothingCrossEntropy
 from .losses import LabelSmoothingCrossEntropyFlat as LabelSmoothingCrossEntropyFlat
 from .losses import MSELossFlat as MSELossFlat
+from .losses import QuantileLoss as QuantileLoss
 from .losses import loss_for as loss_for
 from .losses import loss_per_row as loss_per_row
 from .lr_find import FoundRates as FoundRates
@@ -183,6 +184,16 @@ from .schedule import flat_cos as flat_cos
 from .schedule import gradual_unfreeze as gradual_unfreeze
 from .schedule import one_cycle as one_cycle
 from .schedule import sgdr as sgdr
+from .series import TCN as TCN
+from .series import AgainstNaive as AgainstNaive
+from .series import InceptionTime as InceptionTime
+from .series import NLinear as NLinear
+from .series import ResNet1d as ResNet1d
+from .series import inception_time as inception_time
+from .series import naive_forecast as naive_forecast
+from .series import nlinear as nlinear
+from .series import resnet1d as resnet1d
+from .series import tcn as tcn
 from .stopping import EarlyStopping as EarlyStopping
 from .stopping import EarlyStoppingCallback as EarlyStoppingCallback
 from .stopping import ReduceLROnPlateau as ReduceLROnPlateau

@@ -52,20 +52,22 @@ def export(learn: "Learner", path: str | Path, program: bool = False) -> Path:
     encode = learn.dls.encode
     if encode is None:
         raise ValueError("the data was not made from a DataBlock, so an export cannot know how to read an item")
-    if len(encode.columns) - encode.n_inp != 1:
+    if len(encode.columns) - encode.n_inp > 1:
         raise ValueError(f"an export predicts one target, and the data has {len(encode.columns) - encode.n_inp}")
-    batch = _a_batch(learn)
-    *inputs, target = encode.columns
+    batch, target = _a_batch(learn), learn.dls.target
     written: dict[str, Any] = {
         "format": FORMAT,
         "model": {"program": True} if program else _spec_of(learn.model),
         "loss": loss_to_plain(learn.loss_func),
-        "inputs": [{"name": c.name, "tfms": _to_predict(c.type_tfms)} for c in inputs],
+        "inputs": [{"name": c.name, "tfms": _to_predict(c.type_tfms)} for c in encode.columns[: encode.n_inp]],
         "layout": list(encode.layout[: encode.n_input_columns]),
         "item_tfms": _to_predict(encode.item_tfms) + _to_predict(encode.each_epoch),
         "pad": dict(getattr(learn.dls.valid, "pad", {})),
         "batch_tfms": _to_predict(learn.dls.batch_tfms),
-        "target": {"type": type(batch[-1]).__name__, "tfms": target.type_tfms.to_plain()},
+        "target": {
+            "type": "Tensor" if target is None else type(batch[-1]).__name__,
+            "tfms": [] if target is None else target.type_tfms.to_plain(),
+        },
         "versions": {"torch": torch.__version__},
     }
     content = _program(learn, batch) if program else _weights(learn.model)

@@ -260,6 +260,35 @@ class L1LossFlat(_ValueLoss):
         return F.l1_loss(pred, targ, reduction=reduction)
 
 
+@dataclass(kw_only=True)
+class QuantileLoss(BaseLoss):
+    """How far off forecasts of quantiles are, (..., quantiles) against values (...): the pinball loss (Koenker, 1978).
+
+    quantiles: which ones the last axis holds. The prediction is the middle one of them.
+    """
+
+    quantiles: Sequence[float] = (0.1, 0.5, 0.9)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.quantiles = tuple(float(q) for q in self.quantiles)
+        if not self.quantiles or not all(0 < q < 1 for q in self.quantiles) or list(self.quantiles) != sorted(self.quantiles):
+            raise ValueError(f"quantiles are numbers between 0 and 1 in rising order, not {self.quantiles!r}")
+
+    def compute(self, pred: Tensor, targ: Tensor, reduction: str) -> Tensor:
+        if pred.shape != (*targ.shape, len(self.quantiles)):
+            raise ValueError(
+                f"the prediction {tuple(pred.shape)} is not {len(self.quantiles)} quantiles of {tuple(targ.shape)}"
+            )
+        below = targ[..., None] - pred
+        loss = torch.maximum(below * pred.new_tensor(self.quantiles), below * (pred.new_tensor(self.quantiles) - 1)).mean(-1)
+        return _reduced(loss, reduction)
+
+    def decodes(self, pred: Tensor) -> Tensor:
+        """The middle quantile."""
+        return pred[..., len(self.quantiles) // 2]
+
+
 def _numbers(weight: Sequence[float] | Tensor | None) -> tuple[float, ...] | None:
     if weight is None:
         return None
@@ -288,6 +317,7 @@ LOSSES: dict[str, type[BaseLoss]] = {
         BCELossFlat,
         MSELossFlat,
         L1LossFlat,
+        QuantileLoss,
     )
 }
 

@@ -132,12 +132,10 @@ def predict(learn: "Learner", item: Any) -> Predicted:
     row = tuple(x[None] for x in input_tensors(learn.dls.encode, item))
     preds, _, decoded = get_preds(learn, [row], with_decoded=True)
     activations, prediction = _first_row(preds), _first_row(decoded)
-    targets = learn.dls.encode.columns[learn.dls.encode.n_inp :]
-    if len(targets) != 1:  # what belongs to which is the loss's matter
+    target = learn.dls.target
+    if target is None:  # there is none, or several, and what belongs to which is the loss's matter
         return Predicted(prediction, prediction, activations)
-    return Predicted(
-        as_label(prediction, learn.target_type, learn.dls.batch_tfms, targets[0].type_tfms), prediction, activations
-    )
+    return Predicted(as_label(prediction, learn.target_type, learn.dls.batch_tfms, target.type_tfms), prediction, activations)
 
 
 def _first_row(x: Any) -> Any:

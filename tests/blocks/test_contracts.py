@@ -27,10 +27,12 @@ from blocks import (
     ImageBlock,
     IntToFloatTensor,
     LogNumber,
+    MakeSeries,
     MaskBlock,
     MultiCategorize,
     MultiCategoryBlock,
     Normalize,
+    NormalizeSeries,
     OneHotEncode,
     OpenImage,
     PILImage,
@@ -47,12 +49,14 @@ from blocks import (
     Resize,
     Rotate,
     Saturation,
+    StandardizeSeries,
     TensorBBox,
     TensorCategory,
     TensorImage,
     TensorMask,
     TensorNumber,
     TensorPoint,
+    TensorSeries,
     ToTensor,
     Transform,
     TransformBlock,
@@ -67,6 +71,7 @@ from blocks.pieces import InPieces
 from blocks.pixels import PixelMoments
 from blocks.points import BBoxCategorize, ClipBoxes, MakeBoxes, MakePoints, PointScaler
 from blocks.prepare import map_here
+from blocks.series import SeriesMoments
 from blocks.summaries import Quantiles
 from blocks.tabular import GAP_VOCAB, EncodeTable, TableSummary
 from blocks.testing import (
@@ -89,6 +94,7 @@ TABLE = EncodeTable(
     means=(1.0,),
     stds=(2.0,),
 )
+SERIES = [torch.randn(5, 2, generator=torch.Generator().manual_seed(i)).as_subclass(TensorSeries) for i in range(2)]
 NUMBERS = [torch.tensor(number).as_subclass(TensorNumber) for number in (0.5, 3.0)]
 ROWS = [{"c": "a", "n": 1.0}, {"c": None, "n": None}, {"c": "unknown", "n": -3.5}]
 NOISE = np.random.default_rng(0).integers(0, 256, (4, 12, 10, 3)).astype(np.uint8)
@@ -119,6 +125,9 @@ CASES = [
     Case(RegressionSetup(), [1.5, 2.0, -3.25], inverse=0, column=True),
     Case(RegressionSetup(2), [[1.5, 2.0], [0.0, 1.0]], inverse=0, column=True),
     Case(TABLE, ROWS, column=True),
+    Case(MakeSeries(), [np.arange(6.0), np.ones((3, 2))]),
+    Case(NormalizeSeries((1.0, 0.0), (2.0, 0.5)), SERIES, inverse=1e-6),
+    Case(StandardizeSeries(), SERIES),
     Case(LogNumber(), NUMBERS, inverse=1e-6),
     Case(QuantileNumber(2, (0.0, 1.0, 4.0)), NUMBERS, inverse=1e-6),
     Case(OpenImage(), list(NOISE)),
@@ -163,6 +172,7 @@ LABELS = st.sampled_from(["a", "b", "c", None])
 SUMMARIES: dict[type[Any], st.SearchStrategy[Any]] = {
     CategoryCounts: LABELS,
     MultiCategoryCounts: st.lists(LABELS, max_size=3),
+    SeriesMoments: st.lists(st.integers(1, 9), min_size=2, max_size=2).map(lambda v: torch.tensor([v, v[::-1]])),
     Quantiles: st.just(1.0),  # tests/blocks/test_summaries.py has it merge: its values come in any order
     PixelMoments: st.binary(min_size=8, max_size=8).map(lambda b: torch.tensor(list(b), dtype=torch.uint8).view(2, 2, 2)),
 }

@@ -98,7 +98,7 @@ def test_boxes_and_their_labels_as_two_targets() -> None:
 def test_grey_float_and_typed_values_are_drawn() -> None:
     assert show(torch.rand(1, 8, 8).as_subclass(TensorImageBW)).axes[0].images[0].get_cmap().name == "gray"
     assert show(torch.rand(3, 8, 8).as_subclass(TensorImage) * 3 - 1).axes[0].images[0].get_array().max() <= 1
-    assert len(show(torch.rand(2, 50).as_subclass(TensorSeries)).axes[0].lines) == 2
+    assert len(show(torch.rand(50, 2).as_subclass(TensorSeries)).axes[0].lines) == 2
 
 
 @pytest.mark.parametrize("kind", [TensorText, TensorTabular])
@@ -154,7 +154,7 @@ def test_a_method_for_types_of_ones_own() -> None:
     assert ours is show_batch
     assert ours(torch.zeros(1, 4).as_subclass(Spectrum), Y, samples=[(1, 2)]) == "1 spectra"
     assert titles(
-        ours(torch.zeros(1, 4).as_subclass(TensorSeries), Y, samples=[(torch.zeros(1, 4).as_subclass(Spectrum), "a")])
+        ours(torch.zeros(1, 4, 1).as_subclass(TensorSeries), Y, samples=[(torch.zeros(1, 4).as_subclass(Spectrum), "a")])
     ) == ["a spectrum\na"]
 
 

@@ -22,6 +22,7 @@ from training.losses import (
     L1LossFlat,
     LabelSmoothingCrossEntropyFlat,
     MSELossFlat,
+    QuantileLoss,
     loss_for,
     loss_from_plain,
     loss_per_row,
@@ -34,6 +35,7 @@ MAPS = torch.randn(ROWS, CLASSES, 3, 5, generator=torch.Generator().manual_seed(
 MASKS = torch.randint(CLASSES, (ROWS, 3, 5), generator=torch.Generator().manual_seed(2))
 VALUES, FLOATS = LOGITS.sigmoid(), (LOGITS.roll(1, 0) > 0).float()
 WEIGHT = (0.5, 2.0, 1.0, 3.0)
+QUANTILES = (0.1, 0.3, 0.5, 0.9)
 IGNORING = torch.where(LABELS == 1, -100, LABELS)
 
 # Every loss with settings that matter, and data for it.
@@ -51,6 +53,7 @@ CASES: list[tuple[BaseLoss, Tensor, Tensor]] = [
     (BCELossFlat(), VALUES, FLOATS),
     (MSELossFlat(), LOGITS[:, :1], LABELS),
     (L1LossFlat(), LOGITS, FLOATS),
+    (QuantileLoss(quantiles=QUANTILES), LOGITS, LOGITS[..., 0] + 0.5),
 ]
 each_case = pytest.mark.parametrize(("loss", "pred", "targ"), CASES, ids=[str(number) for number in range(len(CASES))])
 

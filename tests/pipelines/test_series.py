@@ -1,0 +1,143 @@
+"""Series as an application: classes by shape, forecasts in the series' own units, no leak over the split, mistakes."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from blocks import DataError
+from blocks.tensors import as_plain
+from cluster.train import new_learner
+from pipelines.recipes import find_recipe
+from pipelines.series import forecast_dataloaders, forecast_learner, series_block, series_learner, series_pieces
+from training import accuracy, load_predictor, one_cycle
+
+there = importlib.util.find_spec("vega_datasets") is not None
+needs_temperatures = pytest.mark.skipif(not there, reason="vega_datasets is not installed: it is in fastray[examples]")
+
+
+def waves(n: int = 400) -> pd.DataFrame:
+    """Two noisy waves, one of them rising, synthetic, an hour a row, in any order of rows."""
+    draw, hours = np.random.default_rng(0), np.arange(n)
+    frame = pd.DataFrame({"when": pd.Timestamp("2024-01-01") + pd.to_timedelta(hours, unit="h")})
+    frame["tide"] = 50 + 0.1 * hours + 20 * np.sin(hours / 24 * 2 * np.pi) + draw.normal(0, 0.5, n)
+    frame["wind"] = 5 * np.cos(hours / 12 * 2 * np.pi) + draw.normal(0, 0.2, n)
+    return frame.sample(frac=1, random_state=0)
+
+
+def test_forecasts_in_their_own_units_beat_the_naive_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dls = forecast_dataloaders(waves(), "when", ["tide", "wind"], lookback=24, horizon=6, cache="off")
+    learn = forecast_learner(dls, season=24)
+    with learn.no_logging():
+        learn.fit_one_cycle(15, 1e-2)
+    last = learn.recorder.history[-1]
+    assert last["valid/mae"] < 0.95 * last["valid/mae_naive"]
+    ordered = waves().sort_values("when")[["tide", "wind"]].to_numpy()
+    seen, came = ordered[300:324], ordered[324:330]
+    said = as_plain(learn.predict(seen).decoded).numpy()
+    assert said.shape == (6, 2)
+    assert np.abs(said - came).mean() < 2
+    (exported,) = load_predictor(learn.export(tmp_path)).predict([seen])
+    np.testing.assert_allclose(as_plain(exported.label).numpy(), said, rtol=1e-4, atol=1e-3)
+
+
+def test_quantiles_and_convolutions() -> None:
+    torch.manual_seed(0)
+    dls = forecast_dataloaders(waves(), "when", "tide", lookback=24, horizon=6, cache="off")
+    learn = forecast_learner(dls, "tcn", quantiles=(0.1, 0.5, 0.9))
+    with learn.no_logging():
+        learn.fit_one_cycle(8, 3e-3)
+    preds, targets = learn.get_preds()
+    below = [float((as_plain(targets) < preds[..., i]).float().mean()) for i in range(3)]
+    assert below[0] < below[1] < below[2]
+    assert learn.show_results() is not None
+    assert dls.show_batch() is not None
+
+
+def test_no_target_of_the_training_part_lies_in_the_validation_part() -> None:
+    frame = waves(100).assign(tide=np.nan)
+    frame["tide"] = (frame["when"] - frame["when"].min()).dt.total_seconds() / 3600  # the hour itself
+    dls = forecast_dataloaders(frame, "when", "tide", lookback=10, horizon=5, scale=None, cache="off", valid_pct=0.2)
+    train = [as_plain(y) for _, y in dls.train]
+    valid = [(as_plain(x), as_plain(y)) for x, y in dls.valid]
+    assert max(float(y.max()) for y in train) == 79
+    assert min(float(y.min()) for _, y in valid) == 80
+    assert min(float(x.min()) for x, _ in valid) == 70  # looking back is no leak
+
+
+def test_missing_hours_become_gaps_and_groups_are_series() -> None:
+    frame = waves(60).assign(port="a")
+    frame = pd.concat([frame.drop(frame.index[frame.when == pd.Timestamp("2024-01-01 05:00")]), frame.assign(port="b")])
+    pieces = series_pieces(frame, "when", ["tide"], "port", 10, 0.2)
+    assert [(p["series"], p["is_valid"], len(p["values"])) for p in pieces] == [
+        ("a", False, 48),
+        ("a", True, 22),
+        ("b", False, 48),
+        ("b", True, 22),
+    ]
+    assert np.isnan(pieces[0]["values"][5, 0])
+    assert np.isnan(pieces[0]["values"]).sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("frame", "match"),
+    [
+        (waves().drop(columns="tide"), "no column 'tide'"),
+        (pd.concat([waves(), waves().head(1)]), "1 times come twice, such as"),
+        (waves().assign(when="soon"), "holds no times"),
+        (waves().assign(when=pd.NaT), "rows without a time"),
+        (waves().head(2), "has 2 rows"),
+    ],
+)
+def test_mistakes(frame: pd.DataFrame, match: str) -> None:
+    with pytest.raises(DataError, match=match):
+        forecast_dataloaders(frame, "when", "tide", cache="off")
+
+
+def test_other_mistakes() -> None:
+    with pytest.raises(DataError, match="no table of times"):
+        forecast_dataloaders([1, 2, 3], "when", "tide")
+    with pytest.raises(DataError, match="a window of 500: the longest has 320"):
+        next(iter(forecast_dataloaders(waves(), "when", "tide", lookback=400, horizon=100, cache="off").train))
+    dls = forecast_dataloaders(waves(), "when", "tide", cache="off")
+    with pytest.raises(ValueError, match="'nlinear' or 'tcn', not 'arima'"):
+        forecast_learner(dls, "arima")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="no windows with a horizon"):
+        forecast_learner(dls.new(samples=None))
+
+
+@pytest.mark.parametrize("arch", ["inception_time", "resnet1d"])
+def test_classes_by_their_shape(arch: Any) -> None:
+    draw = np.random.default_rng(0)
+    rows = [{"values": np.sin(np.arange(30) * (1 + i % 2) / 3) * draw.uniform(1, 9), "label": "ab"[i % 2]} for i in range(80)]
+    torch.manual_seed(0)
+    learn = series_learner(series_block(scale="sample").dataloaders(rows, cache="off", batch_size=16), arch, metrics=accuracy)
+    with learn.no_logging():
+        learn.fit_one_cycle(3, 3e-3)
+    assert learn.recorder.history[-1]["valid/accuracy"] == 1
+    assert learn.predict(np.sin(np.arange(30) / 3)).decoded == "a"
+    with pytest.raises(ValueError, match="inception_time, resnet1d, not 'lstm'"):
+        series_learner(learn.dls, "lstm")  # type: ignore[arg-type]
+
+
+@needs_temperatures
+@pytest.mark.parametrize(
+    ("name", "schedule", "metric", "bound"),
+    [
+        ("temperature", one_cycle(10), "mae", 0.097),
+        pytest.param("cities", one_cycle(4), "accuracy", 0.978, marks=pytest.mark.slow),
+    ],
+)
+def test_recipes(name: str, schedule: Any, metric: str, bound: float) -> None:
+    recipe = find_recipe(name)(seed=0, schedule=schedule)
+    block, source = recipe.data()
+    learn = new_learner(recipe, block.dataloaders(source, cache="off", **recipe.data_settings))
+    with learn.no_logging():
+        learn.fit(recipe.schedule, recipe.lr)
+    found = learn.recorder.history[-1][f"valid/{metric}"]
+    assert found <= bound if metric == "mae" else found >= bound
