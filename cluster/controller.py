@@ -1,6 +1,7 @@
 """Train's controller, from the driver's side and from inside: the controller imports this file, and no Learner."""
 
-import contextlib
+import threading
+import time
 from typing import Any
 
 import ray
@@ -11,11 +12,13 @@ from ray.train.v2.api.result import Result
 from blocks.storage import shown
 from cluster.failures import raise_if_final
 from cluster.runs import RESTARTS
-from cluster.runtime import is_own
+from cluster.runtime import ResourceError, is_own, room
 from cluster.said import by_rank
 from cluster.spool import append, append_epoch
 
 ABORT_SECONDS = 20.0
+LOOK_SECONDS = 5.0  # between looks at the cluster's nodes
+NODES_SECONDS = 300.0  # a lost node is replaced by then, if by anything
 
 
 class ToSpool(ray.train.UserCallback):
@@ -52,6 +55,7 @@ class InterruptibleTrainer(TorchTrainer):
     """
 
     _controller: Any = None
+    _lacking: ResourceError | None = None
 
     def _register_sigint_handler(self, controller: Any) -> None:  # a private hook: a test holds that Ctrl-C works
         self._controller = controller
@@ -63,11 +67,47 @@ class InterruptibleTrainer(TorchTrainer):
         return [c for c in super()._create_default_callbacks() if type(c).__name__ not in unneeded]
 
     def fit(self) -> Result:
+        finished = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(finished,), name="fastray-room", daemon=True)
+        watch.start()
         try:
             return super().fit()
         except KeyboardInterrupt:
-            if self._controller is not None:
-                # It ends itself once its workers are gone, so the answer is its death.
-                with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-                    ray.get(self._controller.abort.remote(), timeout=ABORT_SECONDS)
+            self._abort()
             raise
+        except ray.exceptions.RayActorError as ended:
+            raise (self._lacking or ended) from None
+        finally:
+            finished.set()
+            watch.join()
+
+    def _abort(self) -> None:
+        if self._controller is None:
+            return
+        try:
+            # It ends itself once its workers are gone, so the answer is its death.
+            ray.get(self._controller.abort.remote(), timeout=ABORT_SECONDS)
+        except ray.exceptions.RayActorError:
+            pass
+        except ray.exceptions.GetTimeoutError:  # it waits for room, has no workers, and listens to nobody (Ray 2.60)
+            ray.kill(self._controller)
+
+    def _watch(self, finished: threading.Event) -> None:
+        # Where nodes are lost, an elastic run waits for others, for ever.
+        number = self.scaling_config.num_workers
+        least = number[0] if isinstance(number, tuple) else number
+        since = time.monotonic()
+        said = False
+        while not finished.wait(LOOK_SECONDS):
+            fit, now = room(self.scaling_config.use_gpu), time.monotonic()
+            if fit >= least:
+                since, said = now, False
+                continue
+            told = f"of at least {least} workers the cluster has room for {fit}"
+            if not said:
+                print(f"wait: {told}; for nodes to come, at most {NODES_SECONDS:g} s", flush=True)
+                said = True
+            if now - since > NODES_SECONDS:
+                self._lacking = ResourceError(f"{told}, for {now - since:.0f} s. Start more nodes and go on with the run")
+                self._abort()
+                return

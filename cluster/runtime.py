@@ -117,7 +117,7 @@ def check_resources(workers: int, gpu: bool = False, *, asked: str, say: Callabl
 
     kinds = ("CPU", "GPU") if gpu else ("CPU",)
     there, need = ray.cluster_resources(), _amounts(dict.fromkeys(kinds, workers), kinds)
-    fit = sum(min(int(node["Resources"].get(kind, 0)) for kind in kinds) for node in ray.nodes() if node["Alive"])
+    fit = room(gpu)
     if workers > fit:
         raise ResourceError(
             f"no room for {asked}: it takes {need}, the cluster has {_amounts(there, kinds)}. {_instead(fit, gpu)}"
@@ -133,6 +133,14 @@ def check_resources(workers: int, gpu: bool = False, *, asked: str, say: Callabl
             say(f"wait: {told}; at most {BUSY_SECONDS:g} s for {asked}")
             said = True
         time.sleep(POLL_SECONDS)
+
+
+def room(gpu: bool) -> int:
+    """How many workers of one CPU (and one GPU) each the nodes of the cluster have room for, if nobody else were there."""
+    import ray
+
+    kinds = ("CPU", "GPU") if gpu else ("CPU",)
+    return sum(min(int(node["Resources"].get(kind, 0)) for kind in kinds) for node in ray.nodes() if node["Alive"])
 
 
 def _amounts(of: Mapping[str, float], kinds: Sequence[str]) -> str:

@@ -92,6 +92,21 @@ def test_what_others_hold_is_waited_for_but_not_for_ever(
     assert capsys.readouterr().out == f"wait: {told}; at most 1 s for 2 workers\n"
 
 
+def test_a_run_that_has_lost_its_nodes_waits_for_others_but_not_for_ever(
+    learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cluster import controller
+
+    rooms = iter([2])
+    monkeypatch.setattr(controller, "room", lambda gpu: next(rooms, 1))
+    monkeypatch.setattr(controller, "LOOK_SECONDS", 0.3)
+    monkeypatch.setattr(controller, "NODES_SECONDS", 1.0)
+    with pytest.raises(ResourceError, match=r"of at least 2 workers the cluster has room for 1, for \d+ s\. Start more nodes"):
+        learner().fit(100_000, on=Workers((2, 3)))
+    said = "wait: of at least 2 workers the cluster has room for 1; for nodes to come, at most 1 s"
+    assert capsys.readouterr().out.splitlines().count(said) == 1
+
+
 @pytest.fixture
 def torn(few_digits: Path, tmp_path: Path) -> Path:
     """Digits of which one file is no picture."""
