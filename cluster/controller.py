@@ -16,7 +16,7 @@ from cluster.runtime import ResourceError, is_own, room
 from cluster.said import by_rank
 from cluster.spool import append, append_epoch
 
-ABORT_SECONDS = 20.0
+ABORT_SECONDS = 60.0  # while it starts workers, the controller does not answer; killed then, it would leave their places taken
 LOOK_SECONDS = 5.0  # between looks at the cluster's nodes
 NODES_SECONDS = 300.0  # a lost node is replaced by then, if by anything
 
@@ -89,7 +89,7 @@ class InterruptibleTrainer(TorchTrainer):
             ray.get(self._controller.abort.remote(), timeout=ABORT_SECONDS)
         except ray.exceptions.RayActorError:
             pass
-        except ray.exceptions.GetTimeoutError:  # it waits for room, has no workers, and listens to nobody (Ray 2.60)
+        except ray.exceptions.GetTimeoutError:  # it has no workers, waits for room, and answers nobody (Ray 2.60)
             ray.kill(self._controller)
 
     def _watch(self, finished: threading.Event) -> None:

@@ -10,6 +10,7 @@ A process that died, a peer that was lost and what Ray itself raises pass as the
 
 import contextlib
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,11 +20,13 @@ from blocks.errors import UserError
 from blocks.storage import is_url, joined, put, shown
 from cluster.runtime import ResourceError
 from cluster.said import by_rank, take_said
+from training.same_host import PeerLeft, PeerLost
 
 if TYPE_CHECKING:
     from training.learner import Learner
 
 ERRORS = "errors.txt"  # in the run's folder
+GRACE_SECONDS = 15.0  # Train ends this process before
 EVERYTHING = "everything that was said: "
 
 
@@ -84,6 +87,8 @@ def as_final() -> Iterator[None]:
         yield
     except BaseException as error:
         if _is_loss(error):
+            if isinstance(error, PeerLeft):
+                time.sleep(GRACE_SECONDS)  # the one that left tells why: told first, this would be taken for a loss
             raise
         import ray.train
 
@@ -95,8 +100,6 @@ def as_final() -> Iterator[None]:
 
 def _is_loss(error: BaseException) -> bool:
     from ray.exceptions import RayTaskError
-
-    from training.same_host import PeerLost
 
     rays = type(error).__module__.partition(".")[0] == "ray" and not isinstance(error, RayTaskError)
     return rays or isinstance(error, PeerLost)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.same_host import LOOK_SECONDS, PeerLost, SharedSums, shared_sums
+from training.same_host import LOOK_SECONDS, PeerLeft, PeerLost, SharedSums, shared_sums
 
 BUCKET_BYTES = 25 * 2**20  # torch's own: worth a message, yet ready before the backward pass ends
 T = TypeVar("T", bound=Tensor)
@@ -197,8 +197,10 @@ def _peers() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or GONE.search(str(error)):
-            why = _who_left() or f"rank {rank()} has lost another rank: {str(error).splitlines()[0]}"
-            raise PeerLost(why) from error
+            why = _who_left()
+            if why:
+                raise PeerLeft(why) from error
+            raise PeerLost(f"rank {rank()} has lost another rank: {str(error).splitlines()[0]}") from error
         raise
 
 
@@ -213,7 +215,7 @@ def _who_left() -> str:
 def _look() -> None:
     why = _who_left()
     if why:
-        raise PeerLost(why)
+        raise PeerLeft(why)
 
 
 def _store() -> Any:
@@ -227,7 +229,7 @@ def _store() -> Any:
 def ends_for_all() -> Iterator[None]:
     """Around what all ranks do together, as a decorator too: at an exception that ends it here, it ends on all of them.
 
-    The others raise PeerLost, where they next wait for this rank. Collectives that had begun are never finished, so the
+    The others raise PeerLeft, where they next wait for this rank. Collectives that had begun are never finished, so the
     process group is of no use any more: further ones raise PeerLost at once.
     """
     try:

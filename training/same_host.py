@@ -36,6 +36,10 @@ class PeerLost(RuntimeError):
     """Another rank will not come to where this one needs it: its process has ended, or it has left the training."""
 
 
+class PeerLeft(PeerLost):
+    """Another rank has left the training at an exception, which that rank raises: this one is not the reason."""
+
+
 class SharedSums:
     """`add(x)`: the sum of tensors over all ranks of one machine, in place. Every rank must call it."""
 

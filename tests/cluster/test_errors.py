@@ -92,21 +92,6 @@ def test_what_others_hold_is_waited_for_but_not_for_ever(
     assert capsys.readouterr().out == f"wait: {told}; at most 1 s for 2 workers\n"
 
 
-def test_a_run_that_has_lost_its_nodes_waits_for_others_but_not_for_ever(
-    learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from cluster import controller
-
-    rooms = iter([2])
-    monkeypatch.setattr(controller, "room", lambda gpu: next(rooms, 1))
-    monkeypatch.setattr(controller, "LOOK_SECONDS", 0.3)
-    monkeypatch.setattr(controller, "NODES_SECONDS", 1.0)
-    with pytest.raises(ResourceError, match=r"of at least 2 workers the cluster has room for 1, for \d+ s\. Start more nodes"):
-        learner().fit(100_000, on=Workers((2, 3)))
-    said = "wait: of at least 2 workers the cluster has room for 1; for nodes to come, at most 1 s"
-    assert capsys.readouterr().out.splitlines().count(said) == 1
-
-
 @pytest.fixture
 def torn(few_digits: Path, tmp_path: Path) -> Path:
     """Digits of which one file is no picture."""
@@ -144,7 +129,11 @@ def test_mistakes_on_the_command_line(
 
 
 class OutOfIdeas(Exception):
-    """An exception of the person's own."""
+    """An exception of the person's own, which is slower to pickle than the other rank is to notice that this one has left."""
+
+    def __reduce__(self) -> Any:
+        time.sleep(2.5)
+        return super().__reduce__()
 
 
 class OfTwo(Exception):
@@ -250,3 +239,19 @@ def test_processes_lost_beyond_the_budget(learner: Callable[..., Learner], tmp_p
     assert sorted(begun.read_text().split()) == ["0", "0", "1", "1"]
     (run,) = (tmp_path / "runs").iterdir()
     assert caught.value.__notes__ == [f"everything that was said: {run / ERRORS}"]
+
+
+def test_a_run_that_has_lost_its_nodes_waits_for_others_but_not_for_ever(
+    learner: Callable[..., Learner], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cluster import controller
+
+    begun = tmp_path / "begun"
+    monkeypatch.setattr(controller, "room", lambda gpu: 1 if begun.exists() else 2)
+    monkeypatch.setattr(controller, "LOOK_SECONDS", 0.3)
+    monkeypatch.setattr(controller, "NODES_SECONDS", 1.0)
+    with pytest.raises(ResourceError, match=r"of at least 2 workers the cluster has room for 1, for \d+ s\. Start more nodes"):
+        learner(Begins(begun)).fit(100_000, on=Workers((2, 3)))
+    said = "wait: of at least 2 workers the cluster has room for 1; for nodes to come, at most 1 s"
+    assert capsys.readouterr().out.splitlines().count(said) == 1
+    Workers(int(ray.cluster_resources()["CPU"])).check(batch_size=64)  # what it held is free again

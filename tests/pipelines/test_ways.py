@@ -81,6 +81,13 @@ def test_train_on_two_workers(own_places: Path, few_digits: Path) -> None:
     assert [r.info.status for r in runs(own_places)] == ["FINISHED", "FINISHED"]
 
 
+@pytest.mark.slow
+def test_the_main_job_says_little(own_places: Path) -> None:
+    done = fastray("train", "digits", "schedule=one_cycle(2)", "workers=2")
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) <= 15
+
+
 def test_an_exception_on_a_worker(own_places: Path, failing_recipe: str) -> None:
     """The person sees it, where it was and their own lines, and nothing of Ray's."""
     done = subprocess.run(
