@@ -3,7 +3,7 @@
 import contextlib
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,19 @@ def joined(url: str, *names: str) -> str:
 
 def put(where: str | Path, name: str, content: Any) -> None:
     """Write bytes under a name in a folder or at a URL, where they appear only when they are whole."""
+    with writing(where, name) as out:
+        out.write(content)
+
+
+@contextlib.contextmanager
+def writing(where: str | Path, name: str) -> Iterator[Any]:
+    """A file to write bytes to, under a name in a folder or at a URL, where it appears only when it is whole."""
     if not is_url(str(where)):
         path = Path(where, name)
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         try:
-            partial.write_bytes(content)
+            with open(partial, "wb") as out:
+                yield out
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -67,7 +75,7 @@ def put(where: str | Path, name: str, content: Any) -> None:
     if not objects:
         fs.create_dir(path_in.rpartition("/")[0], recursive=True)
     with fs.open_output_stream(written) as out:
-        out.write(content)
+        yield out
     if not objects:
         fs.move(written, path_in)
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blocks.storage import get, put
+from blocks.storage import get, writing
 from cluster.said import take_said
 from training import distributed
 from training.callback import Callback
@@ -147,18 +147,13 @@ def _write(parts: dict[str, Any], best: str | None, done: Callable[[], None], _:
         fs.create_dir(path, recursive=True)
         for file, part in parts.items():
             with fs.open_output_stream(f"{path}/{file}") as out:
-                out.write(_as_bytes(part))
+                torch.save(part, out)
         if best is not None:
-            put(best, BEST, _as_bytes({key: value for part in parts.values() for key, value in part.items()}))
+            with writing(best, BEST) as out:
+                torch.save({key: value for part in parts.values() for key, value in part.items()}, out)
         return ray.train.Checkpoint(path, fs)
     finally:
         done()
-
-
-def _as_bytes(part: dict[str, Any]) -> memoryview:
-    content = io.BytesIO()
-    torch.save(part, content)
-    return content.getbuffer()
 
 
 def _from_bytes(content: bytes) -> dict[str, Any]:
@@ -190,7 +185,8 @@ class SaveHere(Callback):
 
     def save(self, learn: Learner, finished: bool = False) -> None:
         """Write the state of this moment."""
-        put(self.folder, SHARED, _as_bytes(learn.state_dict() | {"finished": finished}))
+        with writing(self.folder, SHARED) as out:
+            torch.save(learn.state_dict() | {"finished": finished}, out)
 
     def read(self) -> dict[str, Any] | None:
         """The newest state, if there is one."""

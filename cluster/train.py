@@ -74,8 +74,8 @@ def _train_in(folder: Path, recipe: Recipe, workers: Workers, say: Say, recordin
             record_data(spool, run, folder, dls)
             learn.add_callback(SpoolReport(str(spool), run))
             where = f"on {workers.number} workers" if workers.most else "in this process"
-            how = f"going on with {run}, " if resumed else ""
-            say(f"train: {how}{recipe.epochs} epoch{'s' * (recipe.epochs != 1)} {where}")
+            how = "going on with" if resumed else "run"  # by this name it is gone on with
+            say(f"train: {how} {folder.name}, {recipe.epochs} epoch{'s' * (recipe.epochs != 1)} {where}")
             learn.fit(recipe.schedule, recipe.lr, on=InFolder(workers, str(folder), resumed))
             export = record_model(spool, run, folder, learn, recording)
         finish_run(folder)

@@ -13,7 +13,7 @@ from torch import nn
 from blocks import DataBlock, DataLoaders
 from blocks.errors import UserError
 from cluster import Workers, dataloaders
-from training import Learner, accuracy, model_builder
+from training import Callback, Learner, accuracy, model_builder
 
 pytestmark = pytest.mark.usefixtures("ray_running")
 
@@ -34,13 +34,32 @@ def learner(digits_block: DataBlock, few_digits: Path) -> Callable[[], Learner]:
     def make(dls: DataLoaders = dls) -> Learner:
         torch.manual_seed(0)
         # SGD, because Adam's first steps turn the rounding of a sum over ranks into steps of full size.
-        return Learner(dls, tiny_classifier(n_out=3), opt_func=lambda p: torch.optim.SGD(p, lr=0.1), lr=0.1, metrics=accuracy)
+        return Learner(
+            dls, tiny_classifier(n_out=3), opt_func=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5), lr=0.1, metrics=accuracy
+        )
 
     return make
 
 
+class CountsSteps(Callback):
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def after_step(self, learn: Learner) -> None:
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+
+
 def test_two_workers_are_as_one(learner: Callable[[], Learner], capsys: pytest.CaptureFixture[str]) -> None:
     here, there = learner(), learner()
+    counts = [CountsSteps(), CountsSteps()]
+    here.add_callback(counts[0])
+    there.add_callback(counts[1])
     here.fit(2)
     capsys.readouterr()
     there.fit(2, on=Workers(2))
@@ -57,6 +76,14 @@ def test_two_workers_are_as_one(learner: Callable[[], Learner], capsys: pytest.C
     assert there.validate()["valid/accuracy"] == pytest.approx(there.recorder.history[-1]["valid/accuracy"], abs=1e-12)
     assert there.epoch == 2
     assert there.opt.state_dict()["param_groups"][0]["lr"] == 0.1
+    for a, b in zip(here.opt.state.values(), there.opt.state.values(), strict=True):
+        assert torch.allclose(a["momentum_buffer"], b["momentum_buffer"], atol=1e-4)
+    assert counts[0].steps == counts[1].steps > 0
+    assert there.recorder.rates == here.recorder.rates
+    assert len(there.recorder.losses) == len(here.recorder.losses)
+    here.fit(1)
+    there.fit(1)  # goes on here as if it had been here
+    assert there.recorder.history[-1]["train/loss"] == pytest.approx(here.recorder.history[-1]["train/loss"], abs=1e-4)
 
 
 def test_workers_are_asked_for() -> None:

@@ -225,7 +225,7 @@ def test_debug(failing_recipe: str) -> None:
         timeout=240,
     )
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "train: 1 epoch in this process" in done.stdout
+    assert "1 epoch in this process" in done.stdout
     file, _, line = failing_recipe.rpartition(":")
     assert f"> {file}({line})after_pred()" in done.stdout.partition("(Pdb) ")[0]
     answers = [part.splitlines()[0] for part in done.stdout.split("(Pdb) ")[1:] if part.strip()]
