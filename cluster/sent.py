@@ -29,10 +29,14 @@ class SentRun:
 
 @dataclass
 class Sent:
-    """What was sent, to which store and experiment: the spool up to the byte `position`. store: without user and password."""
+    """What was sent, to which store and experiment: the spool up to the byte `position`.
+
+    store: without user and password. experiment: its name. experiment_id: MLflow's, once it is known.
+    """
 
     store: str
     experiment: str
+    experiment_id: str = ""
     position: int = 0
     runs: dict[str, SentRun] = field(default_factory=dict)
 
@@ -43,8 +47,8 @@ class Sent:
             found = json.loads((folder / SENT).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        runs = {name: SentRun(**run) for name, run in found["runs"].items()}
-        return cls(found["store"], found["experiment"], found["position"], runs)
+        found["runs"] = {name: SentRun(**run) for name, run in found["runs"].items()}
+        return cls(**found)
 
     def write(self, folder: Path) -> None:
         """Keep it, whole at any moment."""

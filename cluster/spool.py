@@ -29,6 +29,7 @@ from typing import Any
 
 POLL_SECONDS = 0.1
 SPOOL = "spool.jsonl"  # in a run's folder
+ORDER = "fastray.order"  # the tag of a sweep that says by what its trials are sorted: "valid/accuracy max"
 
 
 def append(spool: Path | str, kind: str, run: str, /, **values: Any) -> None:

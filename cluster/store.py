@@ -37,7 +37,7 @@ class Store:
     def __init__(self, tracking: str, folder: Path, sent: Sent):
         self.client = open_client(tracking)
         self.folder, self.sent = folder, sent
-        self.experiment = self._experiment(tracking, sent.experiment)
+        self.experiment = sent.experiment_id = self._experiment(tracking, sent.experiment)
         self._check_adopted(tracking)
 
     def _experiment(self, tracking: str, name: str) -> str:

@@ -16,7 +16,7 @@ from cluster.runs import Run, finish_run, new_run_folder, write_run
 from cluster.runtime import check_resources, start_ray
 from cluster.schedulers import PAUSING, check_words, drawn_at_once
 from cluster.space import AroundLrFind, candidates, ranges, space_words
-from cluster.spool import SPOOL, name_in
+from cluster.spool import ORDER, SPOOL, name_in
 from cluster.swept import Swept, space_text
 from cluster.tracking import Tracker, start_run
 from cluster.train import ending, new_learner, prepared_data, record_data, record_model, tags_of
@@ -105,7 +105,7 @@ def _swept(
         runner = {"trials": trials, "scheduler": scheduler, "search": search, "workers": workers}
         write_run(folder, Run("sweep", first.found_as, space_text(spaces), runner | asdict(recording)))
         params = {"recipe": first.name, **first.settings, **space_text(spaces), **runner}
-        start_run(spool, run, run, params, tags=tags_of(dls) | {"fastray.sweep": run})
+        start_run(spool, run, run, params, tags=tags_of(dls) | {"fastray.sweep": run, ORDER: f"{metric} {mode}"})
         with ending(spool, run):
             record_data(spool, run, folder, dls)
             say(f"sweep: {number} trials, {metric} decides, search {search}, scheduler {scheduler}")

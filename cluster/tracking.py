@@ -132,5 +132,5 @@ def start_run(
 ) -> None:
     """Have a run recorded from now on, the same one where it was recorded before; `params` are written as text."""
     texts = {key: shown(as_words(value)) for key, value in params.items()}
-    found = {} if parent else environment()
+    found = {"fastray.sweep": parent} if parent else environment()
     append(spool, "start", run, name=name, params=texts, tags=found | (tags or {}), parent=parent)

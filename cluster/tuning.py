@@ -259,12 +259,14 @@ def make_watch(search: Search, memory: Memory, table: LiveTable) -> Any:
             number = self.number(trial)
             whole = memory.trials[number].epochs == total_epochs(search.trial.recipe(memory.draws[number]).schedule)
             state = Path(trial.checkpoint.path) if trial.checkpoint else None
-            memory.end(number, "finished" if whole else "stopped", state)
+            ended = memory.end(number, "finished" if whole else "stopped", state).ended
+            append(spool, "tag", _run(number), key="fastray.ended", value=ended)  # MLflow has one word for both
             append(spool, "end", _run(number), status="FINISHED")
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             number = self.number(trial)
             now = memory.end(number, "failed", error=_error_of(trial))
+            append(spool, "tag", _run(number), key="fastray.error", value=now.error)
             append(spool, "end", _run(number), status="FAILED")
             table.update(list(memory.trials.values()), f"trial {now.name}  failed  {now.describe()}  {now.error}")
 

@@ -178,12 +178,13 @@ def predict(model: str, files: Sequence[str]) -> None:
 
 
 @cli.command()
+@click.argument("run", required=False)
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535))
-def ui(port: int) -> None:
-    """Open MLflow's pages on the records of this folder; Ctrl-C ends it."""
+def ui(run: str | None, port: int) -> None:
+    """Open MLflow's page on RUN, a folder or its name, by default on the last one; Ctrl-C ends it."""
     from cluster import serve_ui
 
-    serve_ui(port, say=click.echo)
+    serve_ui(port, run, say=click.echo)
 
 
 @cli.group()

@@ -42,7 +42,7 @@ def report_training(trained: "Trained", elsewhere: "Elsewhere", say: Say) -> Non
     if trained.trouble:
         say(_not_sent(trained.trouble, trained.folder))
     say(f"loaded   in a fresh process: {trained.example}  {elsewhere.answer()}")
-    say("next     fastray ui")
+    say(_next_page(trained.folder))
     say(f"         fastray predict {shlex.quote(model)} {shlex.quote(str(trained.example))}")
 
 
@@ -76,9 +76,16 @@ def report_sweep(swept: "Swept", name: str, say: Say) -> None:
         say(f"         {swept.registered}")
     if swept.trouble:
         say(_not_sent(swept.trouble, swept.folder))
-    say("next     fastray ui")
+    say(_next_page(swept.folder))
     words = " ".join(shlex.quote(f"{key}={value}") for key, value in best.words().items())
     say(f"         fastray train {name} {words}")
+
+
+def _next_page(folder: Path) -> str:
+    from cluster.places import places
+    from cluster.ui import page_of, server_of
+
+    return f"next     fastray ui {shlex.quote(folder.name)}  {page_of(folder, server_of(places().tracking))}"
 
 
 def _not_sent(trouble: str, folder: Path) -> str:
