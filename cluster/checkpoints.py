@@ -38,10 +38,15 @@ def file_of(rank: int) -> str:
     return f"rank{rank}.pt"
 
 
-def read_state(checkpoint: Any, rank: int) -> dict[str, Any]:
-    """A `learn.state_dict()` of a rank from a Ray Train checkpoint; "world": how many there were, "finished": the run was."""
+def read_state(checkpoint: Any, rank: int, world: int | None = None) -> dict[str, Any]:
+    """A `learn.state_dict()` of a rank from a Ray Train checkpoint; "world": how many there were, "finished": the run was.
+
+    world: how many there are now; where that is another number, the state has the "parts" of all that there were.
+    """
     state = _read(checkpoint, SHARED)
-    return state | _read(checkpoint, file_of(rank % state["world"]))
+    if world not in (None, state["world"]):
+        return state | {"parts": [_read(checkpoint, file_of(old)) for old in range(state["world"])]}
+    return state | _read(checkpoint, file_of(rank))
 
 
 def _read(checkpoint: Any, name: str) -> dict[str, Any]:

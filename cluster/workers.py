@@ -275,7 +275,7 @@ def _train_loop(config: dict[str, Any]) -> None:
             seed_all(int(torch.randint(2**31, ())) + rank)
         learn.fit(config["schedule"], config["lr"])
     else:
-        state = read_state(newest, rank)
+        state = read_state(newest, rank, world)
         learn.load_state_dict(state)
         if state["finished"]:
             checkpoints.tell(learn)

@@ -149,6 +149,13 @@ class Callback:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
 
+    def merged(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """This rank's state in a run that goes on with another number of ranks, of the states of those that there were.
+
+        The first one's, where a callback's state is the same on all ranks.
+        """
+        return states[0]
+
     @property
     def name(self) -> str:
         """The class name: what a checkpoint files the state under."""

@@ -214,6 +214,11 @@ class Recorder(Callback):
         for name in _BY_STEP:
             setattr(self, name, list(state[name]))
 
+    def merged(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        first = distributed.rank() == 0  # has the sums of all, since they are added up again
+        sums = {name: sum(state["sums"][name] for state in states) * first for name in states[0]["sums"]}
+        return states[0] | {"sums": sums}
+
 
 def _momentum(group: dict[str, Any]) -> float:
     return group["betas"][0] if "betas" in group else group.get("mom", group.get("momentum", 0.0))

@@ -130,6 +130,9 @@ class GANTrainer(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.gen_mode, self._trainable, self._sums = state["gen_mode"], list(state["trainable"]), state["sums"].clone()
 
+    def merged(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        return states[0] | {"sums": sum(state["sums"] for state in states) * (distributed.rank() == 0)}
+
 
 def _gan(learn: Learner) -> GANModule:
     assert isinstance(learn.model, GANModule)

@@ -44,6 +44,9 @@ class ModelResetter(Callback):
             device = next((p.device for p in self._model.parameters()), None)
             self._model.hidden = _moved(state["hidden"], device)
 
+    def merged(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"hidden": None}  # of other streams than those that this rank reads on
+
 
 def _moved(hidden: Any, device: torch.device | None) -> Any:
     if isinstance(hidden, Tensor):

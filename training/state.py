@@ -7,6 +7,7 @@ import copy
 import os
 import pickle
 import random
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -70,7 +71,12 @@ def state_dict(learn: "Learner") -> dict[str, Any]:
 
 
 def load_state_dict(learn: "Learner", state: dict[str, Any]) -> None:
-    """Take back what `state_dict` gave, of a Learner with the same model and callbacks; `resume` then goes on from there."""
+    """Take back what `state_dict` gave, of a Learner with the same model and callbacks; `resume` then goes on from there.
+
+    When the number of ranks has changed, give "parts" instead of this rank's own: `OF_RANK` of each that there were, in order.
+    """
+    if "parts" in state:
+        state = state | _own_part(learn, state["parts"])
     learn._to_device()
     learn.model.load_state_dict(state["model"])
     trains, gradients = set(state["trains"]), state["gradients"]
@@ -101,6 +107,20 @@ def _check_optimizer(state: dict[str, Any], opt: torch.optim.Optimizer) -> None:
             f"the state is of another optimizer: its groups have {', '.join(saved)}, those of {type(opt).__name__} here "
             f"{', '.join(here)}"
         )
+
+
+def _own_part(learn: "Learner", parts: list[dict[str, Any]]) -> dict[str, Any]:
+    callbacks = {}
+    for key, callback in _keyed(learn.callbacks):
+        states = [part["callbacks"][key] for part in parts if key in part["callbacks"]]
+        if states:
+            callbacks[key] = callback.merged(states)
+    now = generators()
+    # By the run's numbers at this step and the rank, so that they are the same whenever it goes on from here.
+    seed_all((zlib.crc32(parts[0]["generators"]["torch"].numpy().tobytes()) + distributed.rank()) % 2**32)
+    own = generators()
+    set_generators(now)
+    return parts[0] | {"callbacks": callbacks, "generators": own}
 
 
 def remember(learn: "Learner") -> None:

@@ -3,6 +3,7 @@
 The ranks run the scenarios together (`several_ranks`); the tests read what they found.
 """
 
+import copy
 import io
 import itertools
 from typing import Any
@@ -403,6 +404,24 @@ def goes_on(rank: int, world: int) -> Results:
     return {"unbroken": found(unbroken, seen=unbroken.own_rows.seen), "ends": ends}  # type: ignore[attr-defined]
 
 
+@on_ranks(*WORLDS)
+def stops_in_an_epoch(rank: int, world: int) -> Results:
+    """What a checkpoint has, shared and of each rank, and how the run ends without a break."""
+
+    class KeepAll(Callback):
+        order = 1000
+
+        def after_batch(self, learn: Learner) -> None:
+            if learn.training and (learn.epoch, learn.iter) == (1, 1):
+                state = copy.deepcopy(learn.state_dict())
+                parts = distributed.gather({key: state.pop(key) for key in OF_RANK})
+                self.kept = state | {"parts": parts}
+
+    learn = learner(rank, world, callbacks=[KeepAll()])
+    learn.fit(3)
+    return {"kept": learn.keep_all.kept, "end": found(learn)}  # type: ignore[attr-defined]
+
+
 # --- the tests -----------------------------------------------------------------------------------------------------------
 
 
@@ -524,3 +543,19 @@ def test_ranks_go_on_with_the_bits_of_the_unbroken_run(world: int, ranks_found: 
         for end in rank["ends"]:
             assert_near(end["weights"], unbroken["weights"], atol=0)
             assert (end["history"], end["seen"]) == (unbroken["history"], unbroken["seen"])
+
+
+@each_world
+def test_another_number_of_ranks_goes_on_to_the_same_end(world: int, ranks_found: Any) -> None:
+    first, second, *_ = ranks_found(stops_in_an_epoch, world)
+    drawn = []
+    for state in (first["kept"], second["kept"]):  # alike on all ranks
+        one = learner(0, 1)
+        one.load_state_dict(state)
+        drawn.append(torch.rand(3))
+        one.load_state_dict(state)
+        one.resume()
+        assert_near(found(one)["weights"], first["end"]["weights"], atol=1e-5)
+        for mine, expected in zip(found(one)["history"], first["end"]["history"], strict=True):
+            assert mine == pytest.approx(expected, rel=1e-4)
+    assert torch.equal(*drawn)
