@@ -1,6 +1,7 @@
 """A run says from which commit and with which versions it was made, and on request how busy the machine was."""
 
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -53,13 +54,13 @@ def test_a_submitted_job(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_how_busy_the_machine_is(asked: bool, store: str, own_places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On request only, under the names that MLflow's page of system metrics looks for."""
     monkeypatch.setattr("cluster.system_metrics.SECONDS", 0.05)
-    spool = own_places / SPOOL
+    spool, waited = own_places / SPOOL, threading.Event()
     with Tracker(spool, store, "tests", system_metrics_of="r" if asked else "") as tracker:
         start_run(spool, "r", "r", {})
         append_epoch(spool, "r", {"epoch": 0, "train/loss": 1.0})
         tracker.opened()
         while asked and spool.read_text().count('"kind": "system"') < 3:
-            pass
+            waited.wait(0.05)
         append(spool, "end", "r", status="FINISHED")
     assert tracker.trouble is None
     client = MlflowClient(store)
