@@ -23,6 +23,8 @@ from .tabular import tabular_dataloaders as tabular_dataloaders
 from .tabular import tabular_learner as tabular_learner
 from .vision import digits as digits
 from .vision import digits_folder as digits_folder
+from .vision import fashion as fashion
+from .vision import fashion_folder as fashion_folder
 from .vision import folder as folder
 from .vision import textures as textures
 from .vision import textures_folder as textures_folder

@@ -7,7 +7,7 @@ from pathlib import Path
 from training.recipe import RecipeFunction, SettingError, did_you_mean
 
 RECIPES = {
-    **dict.fromkeys(("digits", "folder", "textures"), "pipelines.vision"),
+    **dict.fromkeys(("digits", "fashion", "folder", "textures"), "pipelines.vision"),
     **dict.fromkeys(("penguins", "titanic", "credit", "ames", "table"), "pipelines.tabular"),
     **dict.fromkeys(("movies", "ratings"), "pipelines.collab"),
     **dict.fromkeys(("temperature", "cities"), "pipelines.series"),

@@ -1,5 +1,6 @@
-"""Pictures: the recipes `digits`, `folder` and `textures`; and all of the application's names in one place."""
+"""Pictures: the recipes `digits`, `folder`, `fashion` and `textures`; and all of the application's names in one place."""
 
+import gzip
 import importlib.util
 import os
 import shutil
@@ -74,6 +75,37 @@ def textures_folder() -> Path:
                     yield f"{part}/{name}/{row}{column}.png", patch
 
     return _written_once("textures", pictures)
+
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+CLOTHES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+
+
+def fashion_folder(source: Path = FASHION) -> Path:
+    """Fashion-MNIST (Xiao et al., arXiv:1708.07747), 28x28, as PNG files written once to the cache, one folder a class.
+
+    In train/ 5,000 of the first 10,000 pictures to train on, in valid/ the first 2,000 to test on. source: where the files of
+    the Debian package are. UserError where they are not.
+    """
+
+    def pictures() -> Iterator[tuple[str, np.ndarray]]:
+        chosen = np.random.default_rng(42).permutation(10_000)[:5000]
+        for part, name, rows in (("train", "train", chosen), ("valid", "t10k", np.arange(2000))):
+            pixels, labels = _idx(source, f"{name}-images-idx3-ubyte"), _idx(source, f"{name}-labels-idx1-ubyte")
+            for row in rows:
+                yield f"{part}/{CLOTHES[labels[row]]}/{row:05d}.png", pixels[row]
+
+    return _written_once("fashion", pictures)
+
+
+def _idx(folder: Path, name: str) -> np.ndarray:
+    # The numbers of a file in MNIST's form, of bytes: magic number, sizes, content.
+    file = next(folder.rglob(f"{name}.gz"), None)
+    if file is None:
+        raise UserError(f"{name}.gz is not in {folder}: apt-get install dataset-fashion-mnist")
+    content = gzip.decompress(file.read_bytes())
+    sizes = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(content[3])]
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * len(sizes)).reshape(sizes)
 
 
 def photo_of(name: str) -> Path:
@@ -167,6 +199,31 @@ def folder(
         batch_size=batch_size,
         seed=seed,
         max_bad_rows=max_bad_rows,
+    )
+
+
+@recipe
+def fashion(
+    *,
+    arch: str = "resnet18",
+    lr: PositiveFloat = 3e-3,
+    schedule: Schedule = one_cycle(3),
+    batch_size: BatchSize = 64,
+    size: int = 28,
+    seed: int = 42,
+) -> Recipe:
+    """Fashion-MNIST: 5,000 pictures of clothes to train on and 2,000 to validate. Needs Debian's dataset-fashion-mnist.
+
+    arch: a classifier of torchvision. size: side of the pictures in pixels. seed: of the order and the weights.
+    """
+    return Recipe(
+        block=_classes_in_folders(size, GrandparentSplitter(), Normalize.from_stats(*IMAGENET_STATS)),
+        source=fashion_folder,
+        learner=partial(image_classifier, arch=arch),
+        lr=lr,
+        schedule=schedule,
+        batch_size=batch_size,
+        seed=seed,
     )
 
 

@@ -3,13 +3,16 @@
 The photographs and EfficientNet-Lite0 are in the extra `examples`, timm in `vision`: what needs them skips where they are not.
 """
 
+import gzip
 import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from blocks import (
@@ -28,7 +31,7 @@ from blocks import (
 from blocks.errors import UserError
 from pipelines import textures, vision_learner
 from pipelines import weights as weights_module
-from pipelines.vision import photo_of
+from pipelines.vision import CLOTHES, _idx, fashion_folder, photo_of
 from training import Learner, Phase, create_body, load_predictor
 from training.models import torchvision_model
 from training.transfer import halves_and_head
@@ -146,6 +149,27 @@ def test_a_resnet_is_halved_where_fastai_does_it() -> None:
     assert {id(p) for p in first} == {id(p) for p in body[:6].parameters()}
     assert {id(p) for p in second} == {id(p) for p in body[6:].parameters()}
     assert len(head) == 2
+
+
+def test_fashion_is_read_from_the_files_of_the_package(tmp_path: Path) -> None:
+    """Made here in MNIST's form, with pictures that tell their row and class."""
+    for name, rows in (("train", 10_000), ("t10k", 2_500)):
+        labels = (np.arange(rows) % 10).astype(np.uint8)
+        pixels = np.stack([labels, np.arange(rows) // 256, np.arange(rows) % 256, labels], 1).astype(np.uint8)
+        for kind, dims, content in (("images-idx3", (rows, 2, 2), pixels), ("labels-idx1", (rows,), labels)):
+            sizes = b"".join(n.to_bytes(4, "big") for n in dims)
+            file = tmp_path / "files" / f"{name}-{kind}-ubyte.gz"
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(gzip.compress(bytes([0, 0, 8, len(dims)]) + sizes + content.tobytes(), 1))
+    folder = fashion_folder(tmp_path / "files")
+    files = [*folder.rglob("*.png")]
+    assert len(files) == 7000
+    assert len([*(folder / "valid").rglob("*.png")]) == 2000
+    for file in files[::500]:
+        label, high, low, _ = np.asarray(Image.open(file)).reshape(-1).tolist()
+        assert (file.parent.name, int(file.stem)) == (CLOTHES[label], high * 256 + low)
+    with pytest.raises(UserError, match="apt-get install dataset-fashion-mnist"):
+        _idx(tmp_path / "nothing", "train-images-idx3-ubyte")
 
 
 # --- weights that are not there ----------------------------------------------------------------------------------------
