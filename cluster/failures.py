@@ -195,8 +195,10 @@ def _lost(error: Any, failure: Any) -> Exception:
         )
     if failure is not None:
         return RuntimeError(f"Ray Train cannot go on: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}")
-    lost = {rank: _how_lost(e) for rank, e in sorted(error.worker_failures.items())}
-    said = "; ".join(f"rank {rank}: {how}" for rank, how in lost.items())
+    # That others lost it is not what happened to the one that was lost, where that is known.
+    ends = sorted(error.worker_failures.items(), key=lambda end: (isinstance(end[1], PeerLost), end[0]))
+    known = [end for end in ends if not isinstance(end[1], PeerLost)] or ends[:1]
+    said = "; ".join(f"rank {rank}: {_how_lost(e)}" for rank, e in known)
     return WorkersLost(f"workers were lost more often than max_failures allows to replace them, the last time {said}")
 
 
@@ -206,7 +208,8 @@ def _how_lost(error: Exception) -> str:
     error = getattr(error, "health_check_failure", error)
     if isinstance(error, RayActorError):
         return "its process has ended: killed, perhaps for the memory it took, or crashed"
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    first_line = str(error).strip().partition("\n")[0]
+    return first_line if isinstance(error, PeerLost) else f"{type(error).__name__}: {first_line}"
 
 
 def _written(text: str, folder: str | Path | None) -> str:

@@ -68,9 +68,7 @@ def train(name: str, words: Sequence[str], debug: bool) -> None:
         with Elsewhere() as elsewhere:
             report_training(train_recipe(recipe, workers, click.echo, recording), elsewhere, say=click.echo)
     except Exception as error:
-        from training.failure import failure_of
-
-        if not debug or failure_of(error) is None:
+        if not debug or not _in_training(error):
             raise
         from pipelines.debug import open_debugger
 
@@ -291,17 +289,11 @@ def main() -> NoReturn:
     except UserError as mistake:
         click.echo(f"fastray: {mistake}", err=True)
         code = 2
-    except (PermissionError, FileNotFoundError, NotADirectoryError) as error:
-        click.echo(f"fastray: {error.filename!r} cannot be read or written: {error.strerror}", err=True)
-        code = 2
     except (KeyboardInterrupt, click.Abort):
         click.echo("fastray: stopped", err=True)
         code = 130
-    except Exception as error:
-        if not _happened_elsewhere(error):
-            raise
-        click.echo("".join(traceback.format_exception_only(error)).rstrip(), err=True)
-        code = 1
+    except Exception as error:  # noqa: BLE001  raised again where it is not told here
+        code = _told(error)
     finally:
         if "ray" in sys.modules:
             from cluster.runtime import stop_ray
@@ -313,12 +305,26 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
-def _happened_elsewhere(error: Exception) -> bool:
-    if "ray" not in sys.modules:
-        return False
-    from cluster.failures import happened_elsewhere
+def _told(error: Exception) -> int:
+    # A failure in this process is told by Python, with its traceback.
+    if not _in_training(error) and isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError):
+        click.echo(f"fastray: {error.filename!r} cannot be read or written: {error.strerror}", err=True)
+        return 2
+    if "ray" in sys.modules:
+        from cluster.failures import happened_elsewhere
 
-    return happened_elsewhere(error)
+        if happened_elsewhere(error):
+            click.echo("".join(traceback.format_exception_only(error)).rstrip(), err=True)
+            return 1
+    raise error
+
+
+def _in_training(error: Exception) -> bool:
+    if "training.failure" not in sys.modules:
+        return False
+    from training.failure import failure_of
+
+    return failure_of(error) is not None
 
 
 def _interrupt(number: int, frame: Any) -> None:

@@ -241,6 +241,21 @@ def test_debug(failing_recipe: str) -> None:
     assert "in FailsOnce.after_pred, epoch 0, batch 2, rows " in done.stderr
 
 
+def test_a_file_that_the_persons_code_misses_is_a_failure_of_that_code(
+    failing_recipe: str, own_places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = own_places / "mine.py"
+    file.write_text(file.read_text().replace("raise ValueError(", "open('/nowhere/' + "))
+    monkeypatch.syspath_prepend(str(own_places))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    monkeypatch.setattr(sys, "argv", ["fastray", "train", "mine:failing", "workers=0"])
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    with pytest.raises(FileNotFoundError, match="/nowhere/no such shape") as raised:
+        cli.main()
+    assert raised.value.__notes__[0].startswith("in FailsOnce.after_pred, epoch 0, batch 2, rows ")
+    sys.modules.pop("mine")
+
+
 def test_an_exception_of_the_persons_is_a_failure_with_its_traceback(failing_recipe: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pipelines", "train", "mine:failing", "workers=0"],
