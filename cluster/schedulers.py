@@ -27,13 +27,17 @@ PAUSING = ("hyperband", "pbt")  # these stop and go on with trials, from their l
 EPOCHS = "epochs"  # how many a trial has trained; reported with each
 
 
-def check_words(scheduler: str, search: str, spaces: Mapping[str, Any], trials: int | None) -> None:
+def check_words(scheduler: str, search: str, spaces: Mapping[str, Any], trials: int | None, workers: int = 1) -> None:
     """SettingError or UserError, with what to write instead, when the words do not go together."""
     for word, given, known in (("scheduler", scheduler, SCHEDULERS), ("search", search, SEARCHES)):
         if given not in known:
             raise SettingError(f"there is no {word} {given!r}{did_you_mean(given, known)}")
     if trials is not None and trials < 1:
         raise UserError(f"trials={trials}: a sweep has at least one")
+    if workers < 1:
+        raise UserError(f"workers={workers}: a trial trains in one process of its own, workers=1, or on several workers")
+    if workers > 1 and scheduler in PAUSING:
+        raise UserError(f"scheduler={scheduler} pauses trials and goes on with them, which needs workers=1, not {workers}")
     if scheduler == "pbt":
         if search != "random":
             raise UserError(f"scheduler=pbt makes its own draws from a random start: leave search={search} out")

@@ -22,6 +22,7 @@ from cluster.tracking import Tracker, start_run
 from cluster.train import ending, new_learner, prepared_data, record_data, record_model, tags_of
 from cluster.trial import TrialOf
 from cluster.tuning import Search, run_trials
+from cluster.workers import Workers
 from training.learner import Learner
 from training.recipe import RecipeFunction, checked
 
@@ -48,7 +49,7 @@ def sweep(
     recipe's seed draws the same again; Optuna and population-based training also depend on which trial ends first.
     UserError when a space is not one of the recipe's settings' values, or words do not go together.
     """
-    check_words(scheduler, search, space, trials)
+    check_words(scheduler, search, space, trials, workers)
     values = _check(make, space)
     folder = Path(new_run_folder(places().storage, f"{make.__name__}-sweep"))
     return _swept(make, dict(space), values, trials or TRIALS, scheduler, search, workers, recording, folder, say)
@@ -92,7 +93,9 @@ def _swept(
     run = name_in(spool) or folder.name  # a copy of the folder may have another name
     with Tracker(spool, places().tracking, first.name, system_metrics_of=run if recording.system_metrics else "") as tracker:
         start_ray()
-        check_resources(workers, asked="a trial", say=say)
+        check_resources(
+            workers, Workers.asked(workers).gpu, asked=f"a trial of {workers} worker{'s' * (workers != 1)}", say=say
+        )
         dls = _prepared_once(make, spaces, values, say)
         choices = {name: some for name, some in values.items() if not ranges(spaces[name])}
         features_ahead(make, {name: some[0] for name, some in values.items()}, choices)
@@ -109,10 +112,8 @@ def _swept(
         with ending(spool, run):
             record_data(spool, run, folder, dls)
             say(f"sweep: {number} trials, {metric} decides, search {search}, scheduler {scheduler}")
-            trial = TrialOf(make, spaces, resumes=scheduler in PAUSING)
-            found = run_trials(
-                Search(trial, scheduler, search, trials, workers, metric, mode, epochs, first.seed, folder, run), say
-            )
+            trial = TrialOf(make, spaces, resumes=scheduler in PAUSING, workers=workers, folder=folder)
+            found = run_trials(Search(trial, scheduler, search, trials, metric, mode, epochs, first.seed, folder, run), say)
             swept = Swept(
                 metric=metric,
                 mode=mode,

@@ -2,6 +2,7 @@
 
 import gc
 import tempfile
+import threading
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,17 +11,18 @@ from typing import Any
 
 import torch
 
+from cluster.checkpoints import SHARED as STATE
 from cluster.failures import as_bytes
 from cluster.schedulers import EPOCHS
 from cluster.space import Draws, settled
+from cluster.spool import SPOOL, follow
 from cluster.train import new_learner
+from cluster.workers import InFolder, Workers
 from training.callback import Callback
 from training.failure import own_frame
 from training.learner import Learner
 from training.recipe import Recipe, RecipeFunction
 from training.state import seed_all
-
-STATE = "learner.pt"
 
 
 class TrialError(Exception):
@@ -33,38 +35,83 @@ class TrialError(Exception):
 
 @dataclass(frozen=True)
 class TrialOf:
-    """What all trials of a sweep share. resumes: the scheduler pauses trials, which go on from their state."""
+    """What all trials of a sweep share.
+
+    resumes: the scheduler pauses trials, which go on from their state. workers: one is the trial's own process, several are
+    Ray Train's, which write to `folder`, the sweep's.
+    """
 
     make: RecipeFunction
     spaces: Mapping[str, Any]
     resumes: bool
+    workers: int
+    folder: Path
 
     def recipe(self, draws: Draws) -> Recipe:
         """The recipe with the drawn settings."""
         return self.make(**settled(self.spaces, draws))
 
+    def training_folder(self, number: int) -> Path:
+        """Where the workers of a trial keep their checkpoints and tell of epochs."""
+        return self.folder / "trials" / f"{number:04d}" / "workers"
+
 
 def run_trial(config: dict[str, Any], trial: TrialOf) -> None:
     """Train the draws of `config`, the same as a training run in this process, and report each epoch to Ray Tune."""
     try:
-        _train(trial.recipe(config["trial"]["draws"]), trial)
+        _train(trial.recipe(config["trial"]["draws"]), trial, config["trial"]["number"])
     except Exception as error:  # noqa: BLE001  the driver raises or tells it
         raise TrialError(as_bytes(error), error_line(error), "".join(traceback.format_exception(error))) from None
 
 
-def _train(recipe: Recipe, trial: TrialOf) -> None:
+def _train(recipe: Recipe, trial: TrialOf, number: int) -> None:
     from ray import tune
 
     forget_the_last(recipe.seed)
     block, source = recipe.data()
     dls = block.dataloaders(source, **recipe.data_settings)
     learn = new_learner(recipe, dls)
+    if trial.workers > 1:
+        with learn.no_logging():
+            _train_on_workers(learn, recipe, trial.workers, trial.training_folder(number))
+        return
     state = tune.get_checkpoint()
     with learn.no_logging(), learn.added_callbacks(_Report(whole=trial.resumes)):
         if state is None:
             learn.fit(recipe.schedule, recipe.lr)
         else:
             go_on(learn, Path(state.path), recipe)
+
+
+def _train_on_workers(learn: Learner, recipe: Recipe, workers: int, folder: Path) -> None:
+    # The workers tell of their epochs in a file, which a thread beside the waiting one reads and passes on to Tune.
+    from ray import tune
+
+    folder.mkdir(parents=True, exist_ok=True)
+    over, errors = threading.Event(), []
+
+    def work() -> None:
+        try:
+            learn.fit(recipe.schedule, recipe.lr, on=InFolder(Workers.asked(workers), str(folder), resumed=True))
+        except Exception as error:  # noqa: BLE001  raised by the thread that waits
+            errors.append(error)
+        finally:
+            over.set()
+
+    threading.Thread(target=work, name="fastray-trial", daemon=True).start()
+    told = -1
+    for records in follow(folder / SPOOL, over):
+        for record in records:
+            if record["kind"] == "metrics" and record["step"] > told:  # an epoch that is told again after a restart, once
+                told = record["step"]
+                tune.report(record["values"] | {EPOCHS: told + 1})
+    if errors:
+        raise errors[0]
+
+
+def newest_state(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a trial's workers."""
+    return max((file.parent for file in folder.glob(f"*/*/{STATE}")), default=None, key=lambda path: path.name)
 
 
 def go_on(learn: Learner, state: Path, recipe: Recipe) -> None:

@@ -9,19 +9,21 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cluster.held import Held, left_free
 from cluster.live import LiveTable, Say
 from cluster.schedulers import Before, searched, tune_scheduler
 from cluster.space import Draws, Space, settled
 from cluster.spool import SPOOL, append, append_epoch
 from cluster.swept import Trial
 from cluster.tracking import start_run
-from cluster.trial import TrialError, TrialOf, error_line, run_trial
+from cluster.trial import TrialError, TrialOf, error_line, newest_state, run_trial
+from cluster.workers import Workers
 from training.schedule import total_epochs
 from training.state import generators, seed_all, set_generators
 
@@ -38,7 +40,6 @@ class Search:
     scheduler: str
     search: str
     trials: int
-    workers: int
     metric: str
     mode: str
     epochs: int
@@ -62,8 +63,12 @@ def run_trials(search: Search, say: Say) -> list[Trial]:
     )
     if not samples or space.get("trial") == {"grid_search": []}:
         return list(memory.trials.values())
-    with LiveTable(search.metric, search.mode, say) as table, _seeded(search.seed):
-        watch = make_watch(search, memory, table)
+    with ExitStack() as stack:
+        table = stack.enter_context(LiveTable(search.metric, search.mode, say))
+        stack.enter_context(_seeded(search.seed))
+        stack.enter_context(left_free())
+        held = stack.enter_context(Held()) if search.trial.workers > 1 else None
+        watch = make_watch(search, memory, table, held)
         tuner = tune.Tuner(
             tune.with_resources(partial(run_trial, trial=search.trial), _resources(search)),
             param_space=space,
@@ -73,7 +78,8 @@ def run_trials(search: Search, say: Say) -> list[Trial]:
                 mode=search.mode,
                 search_alg=algorithm,
                 scheduler=tune_scheduler(search.scheduler, search.trial.spaces, search.epochs),
-                reuse_actors=search.workers == 1,
+                max_concurrent_trials=_at_once(search.trial.workers),
+                reuse_actors=search.trial.workers == 1,
                 trial_dirname_creator=_name,
             ),
             run_config=tune.RunConfig(
@@ -103,7 +109,20 @@ def _name(trial: Any) -> str:
 def _resources(search: Search) -> dict[str, float]:
     import ray
 
+    if search.trial.workers > 1:
+        return {"memory": 1}  # the least that Ray takes: what trains is Train's
     return {"cpu": 1, "gpu": 1} if ray.cluster_resources().get("GPU", 0) >= 1 else {"cpu": 1}
+
+
+def _at_once(workers: int) -> int | None:
+    # Tune does not know what the workers of a trial take: more trials than fit would wait for each other for ever.
+    import ray
+
+    if workers == 1:
+        return None
+    there = ray.cluster_resources()
+    kinds = ("CPU", "GPU") if Workers.asked(workers).gpu else ("CPU",)
+    return max(1, min(int(there.get(kind, 0)) // workers for kind in kinds))
 
 
 @contextmanager
@@ -171,7 +190,11 @@ class Memory:
         history = [v for v in before.history if v["epoch"] < values["epoch"]] + [values]
         self.draws[number] = draws
         self.trials[number] = replace(
-            self._new(number, draws), ended="running", history=history, epochs=len(history), score=self._score(history)
+            self._new(number, draws),
+            ended="running",
+            history=history,
+            epochs=int(values["epoch"]) + 1,
+            score=self._score(history),
         )
         return self.trials[number]
 
@@ -222,7 +245,7 @@ def as_itself(error: BaseException) -> BaseException:
     return cloudpickle.loads(error.content) if isinstance(error, TrialError) else error
 
 
-def make_watch(search: Search, memory: Memory, table: LiveTable) -> Any:
+def make_watch(search: Search, memory: Memory, table: LiveTable, held: Held | None) -> Any:
     """Ray Tune's callback that runs on the driver: each trial is shown, remembered, and a child run of the sweep's."""
     from ray import tune
 
@@ -258,13 +281,19 @@ def make_watch(search: Search, memory: Memory, table: LiveTable) -> Any:
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             number = self.number(trial)
             whole = memory.trials[number].epochs == total_epochs(search.trial.recipe(memory.draws[number]).schedule)
-            state = Path(trial.checkpoint.path) if trial.checkpoint else None
+            if held is not None:
+                held.free(trial.trial_id)
+                state = newest_state(search.trial.training_folder(number))
+            else:
+                state = Path(trial.checkpoint.path) if trial.checkpoint else None
             ended = memory.end(number, "finished" if whole else "stopped", state).ended
             append(spool, "tag", _run(number), key="fastray.ended", value=ended)  # MLflow has one word for both
             append(spool, "end", _run(number), status="FINISHED")
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             number = self.number(trial)
+            if held is not None:
+                held.free(trial.trial_id)
             now = memory.end(number, "failed", error=_error_of(trial))
             append(spool, "tag", _run(number), key="fastray.error", value=now.error)
             append(spool, "end", _run(number), status="FAILED")

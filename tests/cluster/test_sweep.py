@@ -11,8 +11,9 @@ from blocks.errors import UserError
 from cluster import around_lr_find, call, choice, grid, loguniform, sweep, uniform
 from cluster.schedulers import Before, check_words, drawn_at_once, mutations, searched, tune_scheduler
 from cluster.space import settled
-from cluster.sweep import _check, _prepared_once
+from cluster.sweep import _around_lr_find, _check, _prepared_once
 from cluster.swept import Swept, Trial
+from cluster.train import new_learner
 from cluster.trial import TrialOf
 from cluster.tuning import TRIALS, Memory, Search
 from pipelines import digits
@@ -69,6 +70,8 @@ def test_unknown_settings_and_no_trials() -> None:
         ({"scheduler": "pbt", "space": {"schedule": choice(flat(1), flat(2))}}, "give at least one of them a space"),
         ({"scheduler": "pbt", "space": {"lr": choice(choice(1.0), 2.0)}}, "a range or a choice of numbers"),
         ({"scheduler": "pbt", "trials": 1}, "trials=2 or more"),
+        ({"workers": 0}, "one process of its own"),
+        ({"workers": 2, "scheduler": "hyperband"}, "needs workers=1"),
         ({"search": "grid"}, r"lr=loguniform\(0.001, 0.1\) has no end"),
         ({"search": "grid", "space": {"lr": choice(1.0, 2.0)}, "trials": 4}, "leave trials out"),
         ({"search": "optuna", "space": {"lr": grid(1.0, 2.0)}}, "write choice"),
@@ -166,8 +169,8 @@ def test_population_based_training_stays_within_the_spaces_and_mutates_nothing_e
 
 
 def search_in(folder: Path, **more: Any) -> Search:
-    shared = TrialOf(toy, SPACE | {"batch_size": 30}, resumes=False)
-    given = {"scheduler": "asha", "search": "random", "trials": 4, "workers": 1, "metric": "valid/accuracy", "mode": "max"}
+    shared = TrialOf(toy, SPACE | {"batch_size": 30}, resumes=False, workers=1, folder=folder)
+    given = {"scheduler": "asha", "search": "random", "trials": 4, "metric": "valid/accuracy", "mode": "max"}
     return Search(shared, **given, epochs=4, seed=7, folder=folder, run="toy", **more)  # type: ignore[arg-type]
 
 
@@ -262,6 +265,17 @@ def test_a_trial_without_weights_has_no_learner() -> None:
 
 
 # --- data ------------------------------------------------------------------------------------------------------------------
+
+
+def test_rates_lie_around_what_lr_find_suggests(few_digits: Path) -> None:
+    made, said = toy(path=str(few_digits)), list[str]()
+    block, source = made.data()
+    learn = new_learner(made, block.dataloaders(source, **made.data_settings))
+    found = _around_lr_find({"lr": around_lr_find(5), "wd": 0.1}, learn, said.append)["lr"]
+    assert found.high / found.low == pytest.approx(25)
+    assert 1e-5 < found.low < found.high < 10
+    assert said[0].startswith("lr_find: suggests")
+    assert _around_lr_find({"lr": 0.1}, learn, pytest.fail) == {"lr": 0.1}
 
 
 def test_a_range_of_what_changes_the_data_is_refused(ray_running: None) -> None:
