@@ -1,5 +1,6 @@
 """What a person gives a Learner, checked where it comes in: an error says what was given and what to write instead."""
 
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from training.callback import Callback
 
 
-def check_parts(dls: Any, model: Any, opt_func: Any) -> None:
+def check_parts(dls: Any, model: Any, loss_func: Any, opt_func: Any) -> None:
     """TypeError unless these are what a Learner is made of."""
     missing = [part for part in ("train", "valid") if getattr(dls, part, None) is None]
     if missing:
@@ -18,6 +19,9 @@ def check_parts(dls: Any, model: Any, opt_func: Any) -> None:
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is an nn.Module, not {model!r:.200}")
+    if loss_func is not None and (isinstance(loss_func, type) or not callable(loss_func)):
+        hint = f"make one, {loss_func.__name__}()" if isinstance(loss_func, type) else "such as CrossEntropyLossFlat()"
+        raise TypeError(f"loss_func is a function of (pred, *targets), not {loss_func!r:.200}: {hint}")
     if not callable(opt_func):
         raise TypeError(
             f"opt_func makes an optimizer of parameter groups, such as Adam, partial(SGD, mom=0.9) or torch.optim.AdamW, not "
@@ -28,6 +32,17 @@ def check_parts(dls: Any, model: Any, opt_func: Any) -> None:
 def listed(callbacks: Callback | Iterable[Callback]) -> list[Callback]:
     """One callback or several, as a list."""
     return [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+
+
+def check_has_reduction(loss_func: Any) -> None:
+    """TypeError for a loss function that cannot be told to give a loss a row."""
+    try:
+        inspect.signature(loss_func).bind_partial(reduction="none")
+    except (TypeError, ValueError):
+        name = getattr(loss_func, "__name__", type(loss_func).__name__)
+        raise TypeError(
+            f"{name} has no `reduction`, so it gives no loss of each row: give it the argument that torch's loss functions have"
+        ) from None
 
 
 def check_batch(batch: Any, n_inp: int) -> None:

@@ -21,6 +21,8 @@ class GradientAccumulation(Callback):
     order = 9  # before MixedPrecision and GradientClip, which look at the gradients of a step only
 
     def __init__(self, n_acc: int = 32):
+        if n_acc < 1:
+            raise ValueError(f"n_acc is a number of rows, at least 1, not {n_acc!r}")
         self.n_acc, self.rows = n_acc, 0
 
     def before_train(self, learn: "Learner") -> None:
@@ -56,6 +58,8 @@ class GradientClip(Callback):
     order = 21
 
     def __init__(self, max_norm: float = 1.0, norm_type: float = 2.0):
+        if not max_norm > 0:
+            raise ValueError(f"max_norm is the largest norm that gradients keep, above 0, not {max_norm!r}")
         self.max_norm, self.norm_type = max_norm, norm_type
 
     def before_step(self, learn: "Learner") -> None:

@@ -110,7 +110,7 @@ class _Watch(Callback):
     def _keep_worst(self, learn: "Learner", losses: Tensor, decoded: Sequence[Tensor]) -> None:
         bar = self.worst[-1].loss if len(self.worst) >= self.k else float("-inf")
         for place in losses.topk(min(self.k, len(losses))).indices.tolist():
-            loss = float(losses[place])
+            loss = float(losses[place].nan_to_num(float("inf")))  # nothing is worse
             if loss > bar or len(self.worst) < self.k:
                 # Copies: a view of one row would keep its whole batch.
                 inputs, targets = (tuple(x[place].cpu().clone() for x in part) for part in (learn.xb, learn.yb))

@@ -40,7 +40,17 @@ from training.callback import (
     CancelValidException,
 )
 from training.callbacks import BatchTransforms, Progress, Recorder, ScheduledRates
-from training.checks import as_number, as_rate, check_batch, check_differentiable, check_groups, check_loss, check_parts, listed
+from training.checks import (
+    as_number,
+    as_rate,
+    check_batch,
+    check_differentiable,
+    check_groups,
+    check_has_reduction,
+    check_loss,
+    check_parts,
+    listed,
+)
 from training.composed import Optimizer
 from training.failure import say_where
 from training.losses import loss_for
@@ -120,7 +130,7 @@ class Learner:
         moms: Moms = MOMS,
         device: torch.device | None = None,
     ):
-        check_parts(dls, model, opt_func)
+        check_parts(dls, model, loss_func, opt_func)
         self.dls, self.model, self.opt_func, self.lr, self.splitter = dls, model, opt_func, lr, splitter
         self.wd, self.wd_bn_bias, self.train_bn, self.moms = wd, wd_bn_bias, train_bn, moms
         self.loss_func = loss_func or loss_for(self.target_type)
@@ -158,7 +168,8 @@ class Learner:
     def add_callback(self, callback: Callback) -> None:
         """Have `callback` called from now on, in its `order`."""
         if not isinstance(callback, Callback):
-            raise TypeError(f"a callback is an object of a subclass of Callback, not {callback!r}")
+            call = f": make one, {callback.__name__}()" if isinstance(callback, type) else ""
+            raise TypeError(f"a callback is an object of a subclass of Callback, not {callback!r}{call}")
         self.callbacks = sorted([*self.callbacks, callback], key=lambda c: c.order)
         self._listen()
         callback.after_create(self)
@@ -239,7 +250,8 @@ class Learner:
         def __getattr__(self, name: str) -> Any:
             """The callback of that name: `learn.save_best` is the `SaveBest` it has."""
             own = getattr(type(self), name, None)
-            if isinstance(own, property):  # it failed: its own error says more, such as that of a splitter
+            if isinstance(own, property | functools.cached_property):
+                # It failed: its own error says more, such as that of a splitter.
                 return own.__get__(self)
             found = [c for c in self.__dict__.get("callbacks", ()) if _snake(c.name) == name]
             if not found:
@@ -726,6 +738,7 @@ class Learner:
             if reduction is not None:
                 own.reduction = "none"
             else:
+                check_has_reduction(own)
                 self.loss_func = functools.partial(own, reduction="none")
             yield
         finally:

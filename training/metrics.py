@@ -257,7 +257,7 @@ def as_metric(metric: Metric | MetricFunction) -> Metric:
     if metric in _OF_A_MEAN:
         mean, then = _OF_A_MEAN[metric]
         return AvgMetric(mean, False, metric.__name__, then)
-    if callable(metric):
+    if callable(metric) and metric not in (Metric, AvgMetric, TorchMetric, AccumMetric):
         whole = metric.func if isinstance(metric, partial) else metric
         return AvgMetric(metric, higher_is_better=whole not in _LOWER_IS_BETTER)
     raise TypeError(f"a metric is a function of (pred, targ) or a Metric such as AvgMetric, not {metric!r}")

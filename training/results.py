@@ -173,6 +173,8 @@ def tta(
     beta: the share of the round without; None gives the pair (mean of the augmented, plain). use_max: the largest over all
     rounds instead. ValueError for batches of other rows in each round, such as a shuffling torch DataLoader's.
     """
+    if n < 1:
+        raise ValueError(f"n is the number of rounds with transforms, at least 1, not {n!r}")
     batches = dl if dl is not None else (learn.dls.train if ds_idx == TRAIN else learn.dls.valid)
     if isinstance(getattr(batches, "sampler", None), RandomSampler | WeightedRandomSampler | SubsetRandomSampler):
         raise _shuffles()

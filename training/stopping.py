@@ -212,7 +212,7 @@ class EarlyStopping(ValueWatcher):
         reset_on_fit: bool = True,
     ):
         super().__init__(monitor, higher_is_better, min_delta, reset_on_fit)
-        self.patience = patience
+        self.patience = _at_least_one(patience)
 
     def after_epoch(self, learn: "Learner") -> None:
         self.improved(learn)
@@ -240,14 +240,21 @@ class ReduceLROnPlateau(ValueWatcher):
         super().__init__(monitor, higher_is_better, min_delta, reset_on_fit)
         if factor <= 1:
             raise ValueError(f"the rate is divided by factor, which is above 1, not {factor!r}")
-        self.patience, self.factor, self.min_lr = patience, factor, min_lr
+        self.patience, self.factor, self.min_lr = _at_least_one(patience), factor, min_lr
 
     def after_epoch(self, learn: "Learner") -> None:
         if self.improved(learn) is False and self.waited >= self.patience:
             self.waited = 0
             # The schedule is made of multiples of the run's rate, so this lowers all that is left of it.
             rate, _ = top_and_spread(learn.run_lr)
-            learn.run_lr = scaled(learn.run_lr, max(rate / self.factor, min(self.min_lr, rate)) / rate)
+            if rate:
+                learn.run_lr = scaled(learn.run_lr, max(rate / self.factor, min(self.min_lr, rate)) / rate)
+
+
+def _at_least_one(patience: int) -> int:
+    if patience < 1:
+        raise ValueError(f"patience is a number of epochs, at least 1, not {patience!r}")
+    return patience
 
 
 class TerminateOnNaN(Callback):

@@ -14,7 +14,21 @@ from torch.nn.functional import cross_entropy
 
 from blocks import DataLoaders
 from blocks.errors import UserError
-from training import SGD, EarlyStopping, F1Score, Learner, Progress, SaveBest, body_and_head, get_hyper, set_hyper
+from training import (
+    SGD,
+    AvgMetric,
+    EarlyStopping,
+    F1Score,
+    GradientAccumulation,
+    GradientClip,
+    Learner,
+    Progress,
+    ReduceLROnPlateau,
+    SaveBest,
+    body_and_head,
+    get_hyper,
+    set_hyper,
+)
 
 from .toy import batches, data, deep, learner
 
@@ -38,6 +52,16 @@ def of(rows: Any, **settings: Any) -> Learner:
         (lambda: learner(SimpleNamespace(train=ROWS)), TypeError, "dls needs valid"),
         (lambda: learner(model=lambda x: x), TypeError, "model is an nn.Module, not <function"),
         (lambda: learner(opt_func="adam"), TypeError, r"such as Adam, partial\(SGD, mom=0.9\) .* not 'adam'"),
+        (lambda: learner(loss_func=nn.CrossEntropyLoss), TypeError, r"make one, CrossEntropyLoss\(\)"),
+        (lambda: learner(loss_func="mse"), TypeError, r"loss_func is a function of \(pred, \*targets\), not 'mse'"),
+        (lambda: learner(callbacks=[EarlyStopping]), TypeError, r"make one, EarlyStopping\(\)"),
+        (lambda: learner(metrics=[AvgMetric]), TypeError, "a metric is a function"),
+        (lambda: learner(loss_func=lambda p, y: p.mean()).get_preds(with_loss=True), TypeError, "has no `reduction`"),
+        (lambda: learner().tta(n=0), ValueError, "at least 1, not 0"),
+        (lambda: EarlyStopping(patience=0), ValueError, "patience is a number of epochs"),
+        (lambda: ReduceLROnPlateau(patience=0), ValueError, "patience is a number of epochs"),
+        (lambda: GradientAccumulation(0), ValueError, "n_acc is a number of rows"),
+        (lambda: GradientClip(0.0), ValueError, "above 0, not 0.0"),
         (lambda: learner().fit(True), TypeError, "a schedule is a number of epochs"),
         (lambda: learner().fit(1, lr="1e-3"), ValueError, "lr, unless it is slice.*, is a number, 0 or more, not '1e-3'"),
         (lambda: learner().fit(1, lr=-1), ValueError, "0 or more, not -1"),
@@ -149,3 +173,13 @@ def test_a_model_may_give_a_dict() -> None:
     preds, _ = learn.get_preds()
     x = torch.cat([batch[0] for batch in learn.dls.valid])
     torch.testing.assert_close(preds["out"], learn.model(x)["out"].detach())
+
+
+def test_a_failed_look_at_the_targets_is_said_as_itself() -> None:
+    class Rows:
+        def __iter__(self) -> Any:
+            raise AttributeError("mine")
+
+    dls = SimpleNamespace(train=Rows(), valid=[])
+    with pytest.raises(AttributeError, match="mine"):
+        Learner(dls, deep())

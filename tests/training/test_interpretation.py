@@ -225,3 +225,12 @@ def test_a_loss_that_decodes_nothing_is_interpreted_and_not_drawn() -> None:
     assert found.worst[0].loss == pytest.approx(float(nn.functional.cross_entropy(LOGITS, CLASSES, reduction="none").max()))
     with pytest.raises(ValueError, match="the loss needs `decodes`"):
         found.plot_top_losses(2)
+
+
+def test_nothing_is_worse_than_a_loss_that_is_no_number() -> None:
+    rows = LOGITS.clone()
+    rows[17] = float("nan")
+    found = Interpretation.from_learner(says_its_input(rows, CLASSES, CrossEntropyLossFlat()), k=2)
+    assert found.top_losses(1)[1] == ["17"]
+    assert bool(found.worst[0].inputs[0].isnan().all())
+    assert len(found.worst) == 2
