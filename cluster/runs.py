@@ -126,4 +126,4 @@ def _those_in(storage: str, name: str) -> str:
 
 
 def _inside(storage: str, name: str) -> str:
-    return joined(storage, name) if is_url(storage) else str(Path(storage, name))
+    return joined(storage, name) if is_url(storage) else str(Path(storage, name).expanduser().absolute())

@@ -264,6 +264,12 @@ def _train_loop(config: dict[str, Any]) -> None:
         torch.set_num_threads(1)  # a worker has one CPU
     learn: Learner = pickle.loads(ray.get(config["learn"]))  # noqa: S301  the driver's own, of this run
     rank, world = distributed.rank(), distributed.world()
+    folder = config["checkpoints"][0]
+    if not is_url(folder) and not Path(folder).is_dir():
+        raise UserError(
+            f"the run's folder {folder} is not to be seen from the node {ray.util.get_node_ip_address()}: workers on several "
+            'nodes need Workers(storage=...) to be a folder that all of them share, or a URL such as "s3://bucket/runs"'
+        )
     learn.dls = learn.dls.shard(rank, world)
     learn.device, learn.sync_bn = get_device(), config["sync_bn"]
     checkpoints = Checkpoints(*config["checkpoints"])
