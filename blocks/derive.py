@@ -37,7 +37,7 @@ def derive(
     place = Place(prepared.folder.parent, url and joined(url, "prepared"))
     lasting = not prepared.folder.name.startswith(".")  # else it is there for one run
     where = place.url and joined(place.url, fingerprint)
-    with _alone(place.home / f"{fingerprint}.lock"):
+    with _alone(place.home.parent / f"{fingerprint}.lock"):
         found = Prepared.open(place.home / fingerprint, _encode, True, where) if lasting else None
         if found is not None and not found.damaged():
             return found

@@ -265,3 +265,24 @@ def test_data_that_is_another_each_epoch_is_refused(dls: DataLoaders, digits_blo
         trained(digits_block.new(item_tfms=RandomResizedCrop(16)).dataloaders(few_digits), (CACHED,))
     with pytest.raises(UserError, match="only rows that a DataBlock has prepared"):
         trained(DataLoaders([dls.one_batch()], [dls.one_batch()]), (CACHED,))
+
+
+def test_features_are_kept_where_the_data_is(
+    digits_block: DataBlock, few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a storage's URL, from where another node fetches them; with cache="off", until this process ends."""
+    monkeypatch.setenv("HOME", str(tmp_path / "node"))
+    monkeypatch.setenv("FASTRAY_CACHE", f"file://{tmp_path}/storage")
+    dls = digits_block.dataloaders(few_digits, batch_size=32)
+    first = compute_ahead(learner(dls), (CACHED,), map)
+    assert first is not None
+    assert (tmp_path / "storage" / "prepared" / first.fingerprint / "index.json").exists()
+    monkeypatch.setenv("HOME", str(tmp_path / "other"))
+    again = compute_ahead(learner(digits_block.dataloaders(few_digits, batch_size=32)), (CACHED,), map)
+    assert again is not None
+    assert again.reused
+    assert again.table(0).equals(first.table(0))
+    once = compute_ahead(learner(digits_block.dataloaders(few_digits, batch_size=32, cache="off")), (CACHED,), map)
+    assert once is not None
+    assert not once.reused
+    assert once.folder.name.startswith(".")
