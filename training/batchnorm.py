@@ -79,7 +79,7 @@ class _OverGPUs(nn.SyncBatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and _rows_are_borrowed:
-            return _by_running_statistics(self, x) + super().forward(x[:0]).sum()
+            return _by_running_statistics(self, x) + super().forward(x[:0].float()).sum()  # ranks with rows send floats, too
         return super().forward(x)
 
 

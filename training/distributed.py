@@ -174,15 +174,18 @@ class Begun:
             with _peers():
                 self.work.wait()
             return
-        while True:
-            try:
-                with _peers():
-                    self.work.wait(timedelta(seconds=LOOK_SECONDS))
-                return
-            except RuntimeError:
-                if self.work.is_completed():
-                    raise
+        while not self._over():
             _look()
+
+    def _over(self) -> bool:
+        try:
+            self.work.wait(timedelta(seconds=LOOK_SECONDS))
+        except RuntimeError:
+            if not self.work.is_completed():
+                return False
+            with _peers():
+                self.work.wait()  # raises what ended it, if it was not over just now
+        return True
 
 
 # How gloo says that a socket's other end has gone.

@@ -83,12 +83,12 @@ class Ranks:
         self._launched = 0
         self._rides: Tensor = self.votes
         self._hooks: dict[nn.Parameter, Any] = {}
+        copy_from_first([*self.parameters, *model.buffers()])
         normalised = batchnorm.over_ranks(model, sync_bn)
         _say_once(batchnorm.in_words(model, sync_bn))
         # BatchNorm sums in the backward pass, too. Collectives are matched by order: a bucket that is ready early on one rank
         # and late on another, which has no use for one of its parameters, would meet the sum of a layer.
         self._waits = sync_bn and normalised
-        copy_from_first([*self.parameters, *model.buffers()])
 
     def end(self) -> None:
         """Leave the model as it was."""
