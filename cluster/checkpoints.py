@@ -4,7 +4,8 @@ A worker copies its state in memory and trains on; a thread of Ray Train's write
 the controller, which keeps the newest and gives the newest that is whole to workers that start.
 
 All ranks save at the same places, without a collective to agree on them: where an epoch begins, every so many batches, and
-after the batch in whose gradient sum a rank asked for it (`Ranks.asks`), because its clock says so. The place is always
+after the batch in whose gradient sum a rank asked for it (`Ranks.asks`), because its clock says so or a node is about to go.
+The place is always
 *before* other callbacks hear an event that every rank gets to. After one, a rank on which a callback has raised a cancel would
 already wait for the others' votes while those wait for its checkpoint.
 """
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from blocks.storage import get, writing
+from cluster.preemption import noticed
 from cluster.said import take_said
 from training import distributed
 from training.callback import Callback
@@ -30,6 +32,7 @@ from training.learner import Learner
 from training.state import OF_RANK, Position
 
 SHARED = "learner.pt"
+NOTICED_SECONDS = 5.0  # how often while a node of the run is about to go
 BEST = "best.pt"  # in the run's folder: the whole state after the best epoch, for `learn.load`
 
 
@@ -95,7 +98,10 @@ class Checkpoints(Callback):
             self.save(learn)
 
     def _asks(self) -> bool:
-        return self.minutes is not None and time.monotonic() - self._saved_at >= 60 * self.minutes
+        often = math.inf if self.minutes is None else 60 * self.minutes
+        if noticed():
+            often = min(often, NOTICED_SECONDS)
+        return time.monotonic() - self._saved_at >= often
 
     def save(self, learn: Learner, finished: bool = False) -> None:
         """Report what is new, with a checkpoint of this moment. Every rank must call it."""

@@ -13,10 +13,10 @@ from typing import Any
 import psutil
 
 from blocks.errors import UserError
+from cluster.preemption import WATCHER
 
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # else each report waits up to two seconds for the controller
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody reads its notices yet; a process fewer
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # what was free a moment ago and is not is asked for again
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",  # after an error on one rank the others wait for it, in a collective
@@ -79,6 +79,7 @@ def _init() -> None:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault(WATCHER, "1" if address else "0")
     own: dict[str, Any] = {} if address else {"include_dashboard": False}
     ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
 

@@ -21,6 +21,7 @@ from cluster.places import places
 from cluster.runs import RESTARTS, Run, find_run, finish_run, new_run_folder, restarts_of, run_name, words_of, write_run
 from cluster.runtime import check_resources, start_ray, start_ray_meanwhile
 from cluster.said import heard
+from cluster.shards import across_nodes, make_lost_again
 from cluster.spool import SPOOL, append, append_epoch, follow, read
 from training import distributed
 from training.callback import Callback
@@ -30,6 +31,7 @@ from training.learner import Learner, Rate
 from training.schedule import Schedule, total_epochs
 from training.state import generators, seed_all, set_generators
 
+RESIZE_SECONDS = 30.0  # how often an elastic run looks whether nodes have come: to take one in costs a restart
 START_FAILURES = 3  # so many times Ray Train may fail to start the workers
 
 
@@ -208,13 +210,16 @@ def _shipped(learn: Learner) -> bytes:
     from ray import cloudpickle
 
     at_home = [c for c in learn.callbacks if isinstance(c, Progress | SpoolReport)]
+    dls = learn.dls
     for callback in at_home:
         learn.remove_callback(callback)
     try:
+        learn.dls = across_nodes(dls)
         return cloudpickle.dumps(learn)
     except Exception as error:
         raise cannot_travel(learn, error) from error
     finally:
+        learn.dls = dls
         for callback in at_home:
             learn.add_callback(callback)
 
@@ -238,7 +243,9 @@ def _trained_state(
             "sync_bn": workers.sync_bn,
             "checkpoints": (folder, workers.checkpoint_steps, workers.checkpoint_minutes),
         },
-        scaling_config=ScalingConfig(num_workers=workers.number, use_gpu=workers.gpu),
+        scaling_config=ScalingConfig(
+            num_workers=workers.number, use_gpu=workers.gpu, elastic_resize_monitor_interval_s=RESIZE_SECONDS
+        ),
         run_config=RunConfig(
             name="train",
             storage_path=path,
@@ -263,6 +270,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # a worker has one CPU
     learn: Learner = pickle.loads(ray.get(config["learn"]))  # noqa: S301  the driver's own, of this run
+    make_lost_again(learn.dls)
     rank, world = distributed.rank(), distributed.world()
     folder = config["checkpoints"][0]
     if not is_url(folder) and not Path(folder).is_dir():

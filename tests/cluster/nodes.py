@@ -5,7 +5,7 @@
         nodes.kill(1)
         nodes.start(1)
 
-Functions are run and pickled by their names, which driver and workers import from the test's file.
+Functions are run and pickled by their names, which drivers and workers import from a file of this folder.
 """
 
 import json
@@ -28,7 +28,7 @@ import psutil
 import pytest
 
 ROOT = str(Path(__file__).parents[2])
-PATIENCE = 120.0  # seconds for a node to be there, of which a quiet machine needs a few
+PATIENCE = 180.0  # seconds for a node to be there, of which a quiet machine needs a few
 
 
 def free_port() -> int:
@@ -67,7 +67,7 @@ class Nodes:
         (folder / "token").write_text(secrets.token_hex(16))
         self.environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "PYTHONPATH": os.pathsep.join([ROOT, f"{ROOT}/tests/cluster", *filter(None, [os.environ.get("PYTHONPATH")])]),
             "FASTRAY_CACHE": str(self.cache),
             "RAY_ADDRESS": self.address(0),
             "RAY_AUTH_MODE": "token",
@@ -109,8 +109,13 @@ class Nodes:
         """Start nodes, and wait until they have joined."""
         for number in numbers:
             self._start(number)
-        for output in map(self.output, numbers):
-            self.wait(partial(_has_started, output), f"the node of {output.name} has started")
+        for number in numbers:
+            self.wait(partial(self._has_started, number), f"node {number} has started")
+
+    def _has_started(self, number: int) -> bool:
+        if self.processes[number].poll() is not None:  # `ray start` has half a minute, which a busy machine may not keep
+            self._start(number)
+        return "Ray runtime started" in self.output(number).read_text()
 
     def output(self, number: int) -> Path:
         """The file with what node `number` has printed."""
@@ -135,23 +140,26 @@ class Nodes:
                 start_new_session=True,
             )
 
-    def wait(self, condition: Callable[[], bool], what: str) -> None:
-        """Wait until `condition`, and fail with the nodes' output if it does not come."""
+    def wait(self, condition: Callable[[], bool], what: str, driver: "subprocess.Popen[str] | None" = None) -> None:
+        """Wait until `condition`, and fail with all output if it does not come, or `driver` ends."""
         until = time.monotonic() + PATIENCE
-        while time.monotonic() < until:
+        while time.monotonic() < until and (driver is None or driver.poll() is None):
             if condition():
                 return
             time.sleep(0.2)
-        logs = "\n".join(log.read_text() for log in sorted(self.folder.glob("*.log")))
-        raise AssertionError(f"in vain waited until {what}:\n{logs}")
+        said = [log.read_text() for log in sorted(self.folder.glob("*.log"))]
+        if driver is not None:
+            driver.kill()
+            said += driver.communicate()
+        raise AssertionError(f"in vain waited until {what}:\n" + "\n".join(said))
 
     def driver(self, function: Callable[..., Any], *args: Any) -> "subprocess.Popen[str]":
-        """Begin to run a function of a test's file as a driver on the head."""
+        """Begin to run a function of `on_nodes` as a driver on the head."""
         code = (
             "import importlib, json, sys; name, function, args = json.loads(sys.argv[1]); "
             "print('\\n' + json.dumps(getattr(importlib.import_module(name), function)(*args)))"
         )
-        given = json.dumps([function.__module__, function.__name__, args])
+        given = json.dumps([function.__module__.rpartition(".")[2], function.__name__, args])
         inside = ["nsenter", f"--target={self.processes[0].pid}", "--mount", "--net", f"--wd={self.folder}"]
         return subprocess.Popen(
             [*inside, sys.executable, "-W", "ignore", "-c", code, given],
@@ -173,7 +181,7 @@ class Nodes:
         return json.loads(out.splitlines()[-1])
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run a function of a test's file as a driver on the head; its arguments and its result travel as JSON."""
+        """Run a function of `on_nodes` as a driver on the head; its arguments and its result travel as JSON."""
         return self.result(self.driver(function, *args))
 
     def kill(self, number: int) -> None:
@@ -190,7 +198,3 @@ class Nodes:
         for number in sorted(self.processes, reverse=True):
             self.kill(number)
         shutil.rmtree(self.temporary, ignore_errors=True)
-
-
-def _has_started(output: Path) -> bool:
-    return "Ray runtime started" in output.read_text()

@@ -1,95 +1,15 @@
-"""Several nodes, each with a disk of its own: shards find their way, and training outlives what is taken from it.
+"""Several nodes, each with a disk of its own: shards find their way, and training outlives what is taken from it."""
 
-The functions that a test runs on the cluster stand at the top; they give and take JSON.
-"""
-
-import os
-import warnings
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from blocks import DataBlock, DataLoaders, RandomSplitter, RegressionBlock
-from blocks.prepared import Prepared
-from cluster.shards import Nodes as OtherNodes
-
 from .nodes import Nodes, need_own_disks
-
-ROWS, SHARDS = 1200, 8
-
-
-def features(row: Any) -> list[float]:
-    return [row["a"], row["b"], row["c"]]
-
-
-def target(row: Any) -> float:
-    return row["a"] - 2 * row["b"] + 0.5 * row["c"]
-
-
-def table() -> pd.DataFrame:
-    return pd.DataFrame(np.random.default_rng(0).normal(size=(ROWS, 3)), columns=["a", "b", "c"])
-
-
-def block() -> DataBlock:
-    """Numbers for a linear model; 8 shards of 150 rows."""
-    return DataBlock(
-        (RegressionBlock(3), RegressionBlock()), get_x=features, get_y=target, splitter=RandomSplitter(0.2, seed=1)
-    )
-
-
-def data(batch_size: int = 32) -> DataLoaders:
-    from cluster import dataloaders
-
-    return dataloaders(block(), table(), batch_size=batch_size)
-
-
-def same_as_here(prepared: Prepared) -> bool:
-    """Whether the shards hold what this process would have put into them; those that are elsewhere are fetched."""
-    os.environ["FASTRAY_CACHE"] += "/here"
-    here = block().dataloaders(table()).prepared
-    assert here is not None
-    return [t.to_pydict() for t in prepared.tables()] == [t.to_pydict() for t in here.tables()]
-
-
-def prepares() -> dict[str, Any]:
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        prepared = data().prepared
-    assert prepared is not None
-    again = [str(w.message) for w in said if "made again" in str(w.message)]
-    return {"reused": prepared.reused, "again": again, "fingerprint": prepared.fingerprint}
-
-
-class Counted(OtherNodes):
-    """The other nodes, with a line in a file for each shard that is asked of them."""
-
-    def bring(self, prepared: Prepared, number: int) -> None:
-        with open("brought", "a") as file:
-            file.write(f"{number}\n")
-        super().bring(prepared, number)
-
-
-def two_on_the_head_read_all() -> list[Any]:
-    """Two processes of the head, which has no shard, go through the data at the same time."""
-    from dataclasses import replace
-
-    import ray
-
-    prepared = data().prepared
-    assert prepared is not None
-    assert isinstance(prepared.others, OtherNodes)
-    counted = replace(prepared, others=Counted(prepared.others.plan))
-
-    @ray.remote(num_cpus=0, resources={"node0": 1})
-    def read(prepared: Prepared, folder: str) -> int:
-        os.chdir(folder)
-        return sum(t.num_rows for t in prepared.tables())
-
-    return [*ray.get([read.remote(counted, os.getcwd()) for _ in range(2)]), prepared.reused, same_as_here(prepared)]
+from .on_nodes import ROWS, SHARDS, block, learner, outcome, prepares, table, trains, two_on_the_head_read_all
 
 
 @pytest.fixture
@@ -130,3 +50,63 @@ def test_shards_stay_where_they_were_made_and_are_fetched_once_and_made_again_wh
     assert nodes.run(two_on_the_head_read_all) == [ROWS, ROWS, True, True]
     assert sorted(map(int, (nodes.folder / "brought").read_text().split())) == list(range(SHARDS))
     assert len(on_disk(nodes, 0)) == SHARDS
+
+
+def diary(nodes: Nodes) -> list[dict[str, Any]]:
+    """The batches that were trained, in the order of each rank's, whole lines only."""
+    lines = [line for path in sorted(nodes.folder.glob("diary*")) for line in path.read_text().splitlines(keepends=True)]
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def worlds(nodes: Nodes) -> list[int]:
+    """How many workers there were, one after the other, by rank 0."""
+    path = nodes.folder / "diary0"
+    lines = path.read_text().splitlines() if path.exists() else []
+    seen = [json.loads(line)["world"] for line in lines[:-1]]
+    return [world for i, world in enumerate(seen) if i == 0 or world != seen[i - 1]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_elastic_run_goes_on_with_the_nodes_there_are(nodes: Nodes) -> None:
+    """A node is killed, and with it the only copy of some shards; later one joins. The result is that of one process."""
+    training = nodes.driver(trains, 4, {"number": [1, 2], "checkpoint_steps": 5})
+    nodes.wait(lambda: worlds(nodes) == [2], "two workers train", training)
+    nodes.kill(2)
+    for shard in sorted(nodes.disk(1).glob("prepared/*/*.arrow"))[:3]:
+        shard.unlink()
+    nodes.wait(lambda: worlds(nodes) == [2, 1], "one worker goes on", training)
+    assert len(on_disk(nodes, 1)) == SHARDS
+    nodes.start(2)
+    nodes.wait(lambda: worlds(nodes) == [2, 1, 2], "two workers train again", training)
+    (nodes.folder / "hurry").touch()
+    found = nodes.result(training)
+
+    here = learner(block().dataloaders(table(), batch_size=32))
+    here.fit(4)
+    expected = outcome(here)
+    for a, b in zip(found["weights"], expected["weights"], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert [set(e) for e in found["history"]] == [set(e) for e in expected["history"]]
+    for a, b in zip(found["history"], expected["history"], strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+
+    rows: dict[tuple[int, int], set[frozenset[str]]] = {}
+    for world in (1, 2):
+        for key, ids in batches(nodes, world).items():
+            rows.setdefault(key, set()).add(ids)
+    assert {len(sets) for sets in rows.values()} == {1}, "a global batch has the same rows for any number of workers"
+    for epoch in range(4):
+        each = [i for (e, _), sets in rows.items() if e == epoch for i in next(iter(sets))]
+        assert len(each) == len(set(each)) == len(here.dls.train.ids())
+    trained = len((nodes.folder / "diary0").read_text().splitlines())
+    assert trained - len(rows) <= 2 * 5, "at most one checkpoint interval is repeated at each restart"
+
+
+def batches(nodes: Nodes, world: int) -> dict[tuple[int, int], frozenset[str]]:
+    """The rows of each global batch that so many workers trained, by epoch and batch; those that all of them had finished."""
+    parts: dict[tuple[int, int], list[list[str]]] = {}
+    for line in diary(nodes):
+        if line["world"] == world:
+            parts.setdefault((line["epoch"], line["batch"]), []).append(line["ids"])
+    return {key: frozenset(i for ids in found for i in ids) for key, found in parts.items() if len(found) >= world}
