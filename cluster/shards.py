@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from blocks.cache import INDEX, folder_here, kept_index, place_of
-from blocks.dataloaders import DataLoaders
 from blocks.feed import Feed
 from blocks.plan import Plan
 from blocks.prepare import made_again
@@ -87,12 +86,12 @@ def tell_elsewhere(prepared: Prepared) -> None:
         _on_all(keep_index_here, str(prepared.folder), prepared.index)
 
 
-def across_nodes(dls: DataLoaders) -> DataLoaders:
+def across_nodes(dls: Any) -> Any:
     """The same data for workers on any node: shards that lie in a folder of this one are fetched by the others."""
-    prepared, train, valid = dls.prepared, dls.train, dls.valid
+    prepared, train, valid = getattr(dls, "prepared", None), dls.train, dls.valid
     if prepared is None or prepared.url or prepared.others or is_own():
         return dls
-    assert isinstance(train, Feed)
+    assert isinstance(train, Feed)  # what is prepared is drawn from by feeds
     assert isinstance(valid, Feed)
     prepared = replace(prepared, others=Nodes())
     return replace(dls, prepared=prepared, train=replace(train, prepared=prepared), valid=replace(valid, prepared=prepared))

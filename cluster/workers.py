@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from blocks.errors import UserError
+from blocks.feed import Feed
 from blocks.storage import filesystem, is_url, shown
 from cluster.checkpoints import Checkpoints, SaveHere, read_state
 from cluster.data import map_on_ray
@@ -41,8 +42,9 @@ class Workers:
 
     For `learn.fit(schedule, on=Workers(4))`. number: how many; `(least, most)`: as many as there are resources for.
     storage: a folder or URL in which each run makes a folder of its own; without it nothing is left of the run but what comes
-    home. sync_bn: BatchNorm takes the statistics of the global batch. max_rows: more rows than these are not in one pass
-    through the model on a worker; gradients accumulate. max_failures: so many times a lost process is replaced, and training
+    home. sync_bn: BatchNorm takes the statistics of the global batch. max_rows: more rows than these do not go through the
+    model at once; where a worker's share of a batch is larger, it goes in pieces whose gradients accumulate, each with batch
+    statistics of its own. max_failures: so many times a lost process is replaced, and training
     goes on from the newest checkpoint. There is one each epoch; within an epoch, every `checkpoint_steps` batches or
     `checkpoint_minutes`. keep: the newest so many stay, and the best one.
     """
@@ -153,7 +155,9 @@ class InFolder:
             self._run_here(learn, schedule, lr)
             return
         self.workers._find_resources()
-        compute_ahead(learn, schedule, map_on_ray)
+        prepared = getattr(learn.dls, "prepared", None)
+        if prepared is None or prepared.others is None:  # else each node computes what it is going to read
+            compute_ahead(learn, schedule, map_on_ray)
         with contextlib.ExitStack() as stack:
             report = next((c for c in learn.callbacks if isinstance(c, SpoolReport)), None)
             if report is not None:
@@ -241,6 +245,7 @@ def _trained_state(
             "lr": lr,
             "generators": generators(),
             "sync_bn": workers.sync_bn,
+            "max_rows": workers.max_rows,
             "checkpoints": (folder, workers.checkpoint_steps, workers.checkpoint_minutes),
         },
         scaling_config=ScalingConfig(
@@ -279,7 +284,8 @@ def _train_loop(config: dict[str, Any]) -> None:
             'nodes need Workers(storage=...) to be a folder that all of them share, or a URL such as "s3://bucket/runs"'
         )
     learn.dls = learn.dls.shard(rank, world)
-    learn.device, learn.sync_bn = get_device(), config["sync_bn"]
+    learn.device, learn.max_rows = get_device(), config["max_rows"]
+    learn.sync_bn = config["sync_bn"] and not _in_pieces(learn)
     checkpoints = Checkpoints(*config["checkpoints"])
     learn.add_callback(checkpoints)
     newest = ray.train.get_checkpoint()
@@ -296,6 +302,19 @@ def _train_loop(config: dict[str, Any]) -> None:
             return
         learn.resume()
     checkpoints.save(learn, finished=True)
+
+
+def _in_pieces(learn: Learner) -> bool:
+    # Whether a rank's share of a batch may be more than max_rows. Then ranks differ in their number of passes through the
+    # model, in which BatchNorm could not wait for the others. A last row may join a batch, and lanes share out unevenly.
+    feed, most = learn.dls.train, learn.max_rows
+    assert isinstance(feed, Feed)
+    share = feed.batch_size + 1 if feed.lanes else -(-(feed.batch_size + 1) // feed.world)
+    if most is None or share <= most:
+        return False
+    if feed.rank == 0:
+        print(f"max_rows={most}: a worker's {share} rows go through the model in pieces, each with batch statistics of its own")
+    return True
 
 
 @contextlib.contextmanager

@@ -53,6 +53,7 @@ from training.checks import (
 )
 from training.composed import Optimizer
 from training.failure import say_where
+from training.in_pieces import in_pieces
 from training.losses import loss_for
 from training.metrics import Metric, MetricFunction, as_metric
 from training.optimizer import (
@@ -146,6 +147,7 @@ class Learner:
         self._opt: torch.optim.Optimizer | None = None
         self._ranks: Ranks | None = None
         self.sync_bn = True  # on several ranks: see `Ranks`
+        self.max_rows: int | None = None  # that go through the model at once: see `in_pieces`
         self._features: Features | None = None  # of the phase, where it caches them
         self.recorder = Recorder()
         self.callbacks: list[Callback] = []
@@ -665,8 +667,9 @@ class Learner:
     def _one_batch(self) -> None:
         # Plain tensors from here on: dispatch on a subclass costs microseconds for every operation of the model.
         predict = self.model if self._features is None or self.fed is self.dls else self._features.predict
+        inputs = [as_plain(x) for x in self.xb]
         with self.autocast:
-            self.pred = predict(*(as_plain(x) for x in self.xb))
+            self.pred = predict(*inputs) if self.max_rows is None else in_pieces(predict, self.model, inputs, self.max_rows)
         self("after_pred")
         if self.yb:
             self._take_loss(*(as_plain(y) for y in self.yb))
