@@ -5,9 +5,8 @@ the controller, which keeps the newest and gives the newest that is whole to wor
 
 All ranks save at the same places, without a collective to agree on them: where an epoch begins, every so many batches, and
 after the batch in whose gradient sum a rank asked for it (`Ranks.asks`), because its clock says so or a node is about to go.
-The place is always
-*before* other callbacks hear an event that every rank gets to. After one, a rank on which a callback has raised a cancel would
-already wait for the others' votes while those wait for its checkpoint.
+The place is always *before* other callbacks hear an event that every rank gets to. After one, a rank on which a callback has
+raised a cancel would already wait for the others' votes while those wait for its checkpoint.
 """
 
 import copy

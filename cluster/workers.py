@@ -44,9 +44,9 @@ class Workers:
     storage: a folder or URL in which each run makes a folder of its own; without it nothing is left of the run but what comes
     home. sync_bn: BatchNorm takes the statistics of the global batch. max_rows: more rows than these do not go through the
     model at once; where a worker's share of a batch is larger, it goes in pieces whose gradients accumulate, each with batch
-    statistics of its own. max_failures: so many times a lost process is replaced, and training
-    goes on from the newest checkpoint. There is one each epoch; within an epoch, every `checkpoint_steps` batches or
-    `checkpoint_minutes`. keep: the newest so many stay, and the best one.
+    statistics of its own. max_failures: so many times a lost process is replaced, and training goes on from the newest
+    checkpoint; that a node was taken away with notice does not count. There is one each epoch; within an epoch, every
+    `checkpoint_steps` batches or `checkpoint_minutes`. keep: the newest so many stay, and the best one.
     """
 
     number: int | tuple[int, int]
