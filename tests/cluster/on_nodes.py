@@ -5,6 +5,8 @@ A file of its own, which both import by its name alone: `nodes.Nodes` has its fo
 
 import json
 import os
+import subprocess
+import sys
 import time
 import warnings
 from dataclasses import replace
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import ray
 import torch
 from torch import nn
 
@@ -78,8 +81,6 @@ class Counted(OtherNodes):
 
 def two_on_the_head_read_all() -> list[Any]:
     """Two processes of the head, which has no shard, go through the data at the same time."""
-    import ray
-
     prepared = data().prepared
     assert prepared is not None
     assert isinstance(prepared.others, OtherNodes)
@@ -101,7 +102,8 @@ class Diary(Callback):
 
     def after_step(self, learn: Learner) -> None:
         ids = [] if learn.batch.borrowed else learn.batch.ids
-        line = {"world": distributed.world(), "epoch": learn.epoch, "batch": learn.iter, "ids": ids}
+        node = ray.get_runtime_context().get_node_id()
+        line = {"node": node, "world": distributed.world(), "epoch": learn.epoch, "batch": learn.iter, "ids": ids}
         with open(self.folder / f"diary{distributed.rank()}", "a") as file:
             file.write(json.dumps(line) + "\n")
         until = time.monotonic() + 1
@@ -123,7 +125,17 @@ def outcome(learn: Learner) -> dict[str, Any]:
 
 
 def trains(epochs: int, workers: dict[str, Any]) -> dict[str, Any]:
-    workers["number"] = tuple(workers["number"])
+    if isinstance(workers["number"], list):
+        workers["number"] = tuple(workers["number"])
     learn = learner(data(), Diary(Path.cwd()))
     learn.fit(epochs, on=Workers(**workers))
     return outcome(learn)
+
+
+def drains(node: str, seconds: int) -> None:
+    """Tell Ray that a node will be taken away, as a cloud's agent does."""
+    asked = ["--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test"]
+    address = ["--address", os.environ["RAY_ADDRESS"], "--deadline-remaining-seconds", str(seconds)]
+    subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", "drain-node", *asked, *address], check=True, capture_output=True
+    )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from .nodes import Nodes, need_own_disks
-from .on_nodes import ROWS, SHARDS, block, learner, outcome, prepares, table, trains, two_on_the_head_read_all
+from .on_nodes import ROWS, SHARDS, block, drains, learner, outcome, prepares, table, trains, two_on_the_head_read_all
 
 
 @pytest.fixture
@@ -64,6 +64,24 @@ def worlds(nodes: Nodes) -> list[int]:
     lines = path.read_text().splitlines() if path.exists() else []
     seen = [json.loads(line)["world"] for line in lines[:-1]]
     return [world for i, world in enumerate(seen) if i == 0 or world != seen[i - 1]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_before_a_node_is_taken_away_checkpoints_are_written(nodes: Nodes) -> None:
+    """Without the notice the run would begin again: it has no other checkpoint in its first epoch, and no failure to spare."""
+    training = nodes.driver(trains, 2, {"number": 1, "max_failures": 0})
+    nodes.wait(lambda: len(diary(nodes)) >= 3, "a worker trains", training)
+    first = diary(nodes)[0]["node"]
+    nodes.run(drains, first, 20)
+    nodes.wait(lambda: diary(nodes)[-1]["node"] != first, "the worker has moved", training)
+    (nodes.folder / "hurry").touch()
+    found = nodes.result(training)
+    assert len(found["history"]) == 2
+    lines = diary(nodes)
+    before = sum(line["node"] == first for line in lines)
+    repeated = len(lines) - len({(line["epoch"], line["batch"]) for line in lines})
+    assert repeated <= 10 < before, "at most 5 seconds and a batch of a second or two, of the 20 and more there were"
 
 
 @pytest.mark.slow
