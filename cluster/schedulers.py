@@ -131,11 +131,14 @@ class Before:
 
 
 def searched(
-    spaces: Mapping[str, Any], search: str, trials: int, seed: int, metric: str, mode: str, before: Before
+    spaces: Mapping[str, Any], search: str, trials: int, seed: int, metric: str, mode: str, before: Before, at_once: int = 0
 ) -> tuple[Any, dict[str, Any], int]:
-    """Ray Tune's search algorithm, its param_space and num_samples for what is still to be trained."""
+    """Ray Tune's search algorithm, its param_space and num_samples for what is still to be trained.
+
+    at_once: so many trials at most; 0: as many as there is room for. (TuneConfig's own limit is not one for the former class.)
+    """
     from ray import tune
-    from ray.tune.search import BasicVariantGenerator
+    from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 
     if search != "optuna":
         everything = dict(enumerate(drawn_at_once(spaces, search, trials, seed)))
@@ -145,9 +148,10 @@ def searched(
             else before.begun | {n: d for n, d in everything.items() if n >= before.next_number}
         )
         todo = [{"number": number, "draws": draws} for number, draws in sorted(left.items())]
-        return BasicVariantGenerator(), {"trial": tune.grid_search(todo)}, 1
+        return BasicVariantGenerator(max_concurrent=at_once), {"trial": tune.grid_search(todo)}, 1
     numbers = [*before.begun, *range(before.next_number, trials)]
-    return _optuna(DefineByRun(spaces, list(numbers)), seed, metric, mode, before), {}, len(numbers)
+    optuna = _optuna(DefineByRun(spaces, list(numbers)), seed, metric, mode, before)
+    return ConcurrencyLimiter(optuna, max_concurrent=at_once) if at_once else optuna, {}, len(numbers)
 
 
 def _optuna(space: DefineByRun, seed: int, metric: str, mode: str, before: Before) -> Any:

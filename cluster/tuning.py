@@ -59,7 +59,14 @@ def run_trials(search: Search, say: Say) -> list[Trial]:
 
     memory = Memory(search)
     algorithm, space, samples = searched(
-        search.trial.spaces, search.search, search.trials, search.seed, search.metric, search.mode, memory.before()
+        search.trial.spaces,
+        search.search,
+        search.trials,
+        search.seed,
+        search.metric,
+        search.mode,
+        memory.before(),
+        _at_once(search.trial.workers),
     )
     if not samples or space.get("trial") == {"grid_search": []}:
         return list(memory.trials.values())
@@ -78,7 +85,6 @@ def run_trials(search: Search, say: Say) -> list[Trial]:
                 mode=search.mode,
                 search_alg=algorithm,
                 scheduler=tune_scheduler(search.scheduler, search.trial.spaces, search.epochs),
-                max_concurrent_trials=_at_once(search.trial.workers),
                 reuse_actors=search.trial.workers == 1,
                 trial_dirname_creator=_name,
             ),
@@ -114,12 +120,12 @@ def _resources(search: Search) -> dict[str, float]:
     return {"cpu": 1, "gpu": 1} if ray.cluster_resources().get("GPU", 0) >= 1 else {"cpu": 1}
 
 
-def _at_once(workers: int) -> int | None:
+def _at_once(workers: int) -> int:
     # Tune does not know what the workers of a trial take: more trials than fit would wait for each other for ever.
     import ray
 
     if workers == 1:
-        return None
+        return 0
     there = ray.cluster_resources()
     kinds = ("CPU", "GPU") if Workers.asked(workers).gpu else ("CPU",)
     return max(1, min(int(there.get(kind, 0)) // workers for kind in kinds))

@@ -154,6 +154,7 @@ def test_a_random_search_goes_on_with_what_was_begun_and_what_was_not() -> None:
     before = Before([(everything[n], 0.5) for n in (0, 2)], {1: everything[1], 3: everything[3]}, next_number=4)
     _, space, samples = searched(SPACE, "random", 6, 1, "score", "max", before)
     assert samples == 1
+    assert searched(SPACE, "random", 6, 1, "score", "max", before, at_once=2)[0].max_concurrent == 2
     assert space["trial"]["grid_search"] == [{"number": n, "draws": everything[n]} for n in (1, 3, 4, 5)]
 
 
