@@ -112,7 +112,7 @@ def _swept(
         with ending(spool, run):
             record_data(spool, run, folder, dls)
             say(f"sweep: {number} trials, {metric} decides, search {search}, scheduler {scheduler}")
-            trial = TrialOf(make, spaces, resumes=scheduler in PAUSING, workers=workers, folder=folder)
+            trial = TrialOf(make, spaces, resumes=scheduler in PAUSING, workers=workers, folder=folder, cache=places().cache)
             found = run_trials(Search(trial, scheduler, search, trials, metric, mode, epochs, first.seed, folder, run), say)
             swept = Swept(
                 metric=metric,

@@ -1,6 +1,7 @@
 """What one trial of a sweep runs, in its own process: one after another there, so each begins as if the process were new."""
 
 import gc
+import os
 import tempfile
 import threading
 import traceback
@@ -38,7 +39,7 @@ class TrialOf:
     """What all trials of a sweep share.
 
     resumes: the scheduler pauses trials, which go on from their state. workers: one is the trial's own process, several are
-    Ray Train's, which write to `folder`, the sweep's.
+    Ray Train's, which write to `folder`, the sweep's. cache: where the driver has prepared the data.
     """
 
     make: RecipeFunction
@@ -46,6 +47,7 @@ class TrialOf:
     resumes: bool
     workers: int
     folder: Path
+    cache: str
 
     def recipe(self, draws: Draws) -> Recipe:
         """The recipe with the drawn settings."""
@@ -58,6 +60,7 @@ class TrialOf:
 
 def run_trial(config: dict[str, Any], trial: TrialOf) -> None:
     """Train the draws of `config`, the same as a training run in this process, and report each epoch to Ray Tune."""
+    os.environ["FASTRAY_CACHE"] = trial.cache  # the process began with that of whoever started Ray
     try:
         _train(trial.recipe(config["trial"]["draws"]), trial, config["trial"]["number"])
     except Exception as error:  # noqa: BLE001  the driver raises or tells it

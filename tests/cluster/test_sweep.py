@@ -170,7 +170,7 @@ def test_population_based_training_stays_within_the_spaces_and_mutates_nothing_e
 
 
 def search_in(folder: Path, **more: Any) -> Search:
-    shared = TrialOf(toy, SPACE | {"batch_size": 30}, resumes=False, workers=1, folder=folder)
+    shared = TrialOf(toy, SPACE | {"batch_size": 30}, resumes=False, workers=1, folder=folder, cache="")
     given = {"scheduler": "asha", "search": "random", "trials": 4, "metric": "valid/accuracy", "mode": "max"}
     return Search(shared, **given, epochs=4, seed=7, folder=folder, run="toy", **more)  # type: ignore[arg-type]
 
