@@ -80,7 +80,7 @@ Splitter = Callable[[nn.Module], Sequence[Sequence[nn.Parameter]]]
 Rate = float | slice
 
 IN_BATCH = frozenset(EVENTS[EVENTS.index("before_batch") : EVENTS.index("after_batch") + 1])
-OF_A_BATCH = ("batch", "xb", "yb", "pred", "loss", "loss_grad")  # what a callback changes as learn.xb, not as self.xb
+OF_A_BATCH = ("xb", "yb", "pred", "loss", "loss_grad")  # what a callback changes as learn.xb, not as self.xb
 ALONE = frozenset({"after_create", "after_cancel_fit", "after_fit"})  # not every rank may get there
 
 

@@ -22,13 +22,13 @@ class Seen(Callback):
 
     def __init__(self) -> None:
         self.x: list[Tensor] = []
-        self.loss: list[float] = []
+        self.losses: list[float] = []
 
     def before_batch(self, learn: Learner) -> None:
         self.x.append(learn.xb[0])
 
     def after_loss(self, learn: Learner) -> None:
-        self.loss.append(float(learn.loss_grad.detach()))
+        self.losses.append(float(learn.loss_grad.detach()))
 
 
 def one_hot_learner(*callbacks: Callback, rows: int = 16) -> Learner:
@@ -45,7 +45,7 @@ def test_the_losses_are_mixed_as_the_pictures_are(make: Any) -> None:
     seen = Seen()
     learn = one_hot_learner(make(), seen)
     learn.fit(1)
-    for mixed, loss in zip(seen.x[:2], seen.loss[:2], strict=True):
+    for mixed, loss in zip(seen.x[:2], seen.losses[:2], strict=True):
         shares = mixed.mean(dim=(2, 3))  # of each row's picture: whose it is
         torch.testing.assert_close(shares.sum(dim=1), torch.ones(16))
         assert loss == pytest.approx(float(cross_entropy(learn.model(mixed), shares).detach()), rel=1e-5)
