@@ -20,7 +20,7 @@ from cluster.spool import SPOOL, follow
 from cluster.train import new_learner
 from cluster.workers import InFolder, Workers
 from training.callback import Callback
-from training.failure import own_frame
+from training.failure import failure_of, own_frame
 from training.learner import Learner
 from training.recipe import Recipe, RecipeFunction
 from training.state import seed_all
@@ -166,5 +166,6 @@ def error_line(error: BaseException) -> str:
     if isinstance(error, RayActorError):
         return "its process died"
     said = next(iter(str(error).strip().splitlines()), "")
-    own = own_frame(error)
-    return f"{type(error).__name__}: {said}" + (f" ({own.filename}:{own.lineno})" if own else "")
+    own, found = own_frame(error), failure_of(error)
+    where = f"{own.filename}:{own.lineno}" if own else f"{found.file}:{found.line}" if found and found.file else ""
+    return f"{type(error).__name__}: {said}" + (f" ({where})" if where else "")

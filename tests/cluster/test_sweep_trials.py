@@ -149,7 +149,7 @@ def test_trials_of_several_workers_leave_nothing_when_they_are_stopped_or_fail(s
     assert by_settings[3e-2, "well"].ended == "finished"
     assert by_settings[1e-5, "well"].ended == "stopped", [(t.name, t.history) for t in found.trials]
     assert by_settings[3e-2, "raise"].ended == "failed"
-    assert by_settings[3e-2, "raise"].error.startswith("""KeyError: "a mistake of the user's" """)
+    assert by_settings[3e-2, "raise"].error.startswith("""KeyError: "a mistake of the user's\"""")
     assert found.best is by_settings[3e-2, "well"]
     assert found.best_learner().validate()["valid/accuracy"] == pytest.approx(found.best.score)
 
