@@ -28,6 +28,7 @@ import psutil
 import pytest
 
 ROOT = str(Path(__file__).parents[2])
+RESULT = "result: "
 PATIENCE = 180.0  # seconds for a node to be there, of which a quiet machine needs a few
 
 
@@ -157,7 +158,7 @@ class Nodes:
         """Begin to run a function of `on_nodes` as a driver on the head."""
         code = (
             "import importlib, json, sys; name, function, args = json.loads(sys.argv[1]); "
-            "print('\\n' + json.dumps(getattr(importlib.import_module(name), function)(*args)))"
+            f"print('\\n{RESULT}' + json.dumps(getattr(importlib.import_module(name), function)(*args)))"
         )
         given = json.dumps([function.__module__.rpartition(".")[2], function.__name__, args])
         inside = ["nsenter", f"--target={self.processes[0].pid}", "--mount", "--net", f"--wd={self.folder}"]
@@ -178,7 +179,8 @@ class Nodes:
             out, errors = driver.communicate()
             raise AssertionError(f"the driver did not end:\n{out}\n{errors}") from None
         assert driver.returncode == 0, f"{out}\n{errors}"
-        return json.loads(out.splitlines()[-1])
+        (found,) = (line for line in out.splitlines() if line.startswith(RESULT))  # Ray may print after it
+        return json.loads(found.removeprefix(RESULT))
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a function of `on_nodes` as a driver on the head; its arguments and its result travel as JSON."""
