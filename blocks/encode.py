@@ -121,7 +121,10 @@ def _whole_columns(encode: Encode, rows: Rows) -> dict[str, list[tuple[str, np.n
     found = {}
     for column in encode.columns:
         with naming(rows.ids[0].as_py(), column.name):
-            values = column_values(column, rows, column.type_tfms.transforms)
+            try:
+                values = column_values(column, rows, column.type_tfms.transforms)
+            except DataError:
+                continue  # item by item, since that names the row
             if values is None:
                 continue
             first = column.type_tfms(column.getter(next(iter(rows.each()))))

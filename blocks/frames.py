@@ -63,9 +63,9 @@ def _dates(df: "pd.DataFrame", name: str) -> Any:
 def add_elapsed_times(df: "pd.DataFrame", field_names: str | Sequence[str], date_field: str, base_field: str) -> "pd.DataFrame":
     """A copy of `df` with the days since and until the nearest event of each kind, within each group of `base_field`.
 
-    field_names: columns of 0 and 1 (or booleans), 1 where the event is. New columns: After<name>, days since the last event (of
-    this row or before), and Before<name>, days until the next, as a negative number; gaps where there is none. Rows keep their
-    order.
+    field_names: columns of 0 and 1 (or booleans), 1 where the event is, a gap being none. New columns: After<name>, days since
+    the last event (of this row or before), and Before<name>, days until the next, as a negative number; gaps where there is
+    none. Rows keep their order.
     """
     import pandas as pd
 
@@ -73,14 +73,16 @@ def add_elapsed_times(df: "pd.DataFrame", field_names: str | Sequence[str], date
     for name in (*names, base_field):
         if name not in df.columns:
             raise DataError(missing_column(name, [str(c) for c in df.columns]))
-    dates = _dates(df, date_field)
-    order = pd.DataFrame({"base": df[base_field], "date": dates}).sort_values(["base", "date"], kind="stable").index
+    dates = _dates(df, date_field).reset_index(drop=True)
+    base = df[base_field].reset_index(drop=True)  # the frame's own index may name several rows alike
+    order = pd.DataFrame({"base": base, "date": dates}).sort_values(["base", "date"], kind="stable").index
     new = df.copy()
     for name in names:
-        event = dates.where(df[name].astype(bool)).loc[order]
-        groups = event.groupby(df[base_field].loc[order], sort=False)
+        there = (df[name].notna() & df[name].ne(0).fillna(False)).to_numpy(bool)
+        event = dates.where(there).loc[order]
+        groups = event.groupby(base.loc[order], sort=False)
         for column, nearest in ((f"After{name}", groups.ffill()), (f"Before{name}", groups.bfill())):
-            new[column] = (dates - nearest.reindex(df.index)).dt.total_seconds() / 86_400
+            new[column] = ((dates - nearest.reindex(dates.index)).dt.total_seconds() / 86_400).to_numpy()
     return new
 
 

@@ -26,7 +26,7 @@ class RegressionSetup(ItemTransform):
         except (TypeError, ValueError) as error:
             raise DataError(f"{x!r:.200} ({type(x).__name__}) is not a number, nor several") from error
         wanted = numbers.ndim < 2 if self.c is None else numbers.size == self.c and numbers.ndim == (self.c > 1)
-        if not wanted or np.isnan(numbers).any():
+        if not wanted or not np.isfinite(numbers).all():
             raise DataError(f"{x!r:.200} is not {self._wanted}: leave such rows out, or fill them in before")
         return torch.from_numpy(numbers).as_subclass(TensorNumber)
 
@@ -39,9 +39,11 @@ class RegressionSetup(ItemTransform):
             rows = [self.encodes(v).numpy() for v in values.to_pylist()]
             return np.stack(rows) if rows else np.zeros((0, self.c or 1), np.float32)
         numbers = values.to_numpy(zero_copy_only=False)
-        if np.isnan(numbers).any():
-            raise DataError(f"{int(np.isnan(numbers).sum())} rows have no number: leave them out, or fill them in before")
-        return numbers.astype(np.float32)
+        numbers = numbers.astype(np.float32)
+        none = int((~np.isfinite(numbers)).sum())
+        if none:
+            raise DataError(f"{none} rows have no finite number: leave them out, or fill them in before")
+        return numbers
 
     def decodes(self, x: TensorNumber) -> Any:
         return float(x) if x.ndim == 0 else [float(v) for v in x]

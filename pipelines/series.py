@@ -6,6 +6,7 @@ learn.fit_one_cycle(5, 3e-3)
 learn.predict(df.temp[-48:]).decoded         # the next 24
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from blocks.datablock import DataBlock
 from blocks.dataloaders import DataLoaders
 from blocks.errors import DataError
 from blocks.feed import Feed
+from blocks.frames import is_number_column
 from blocks.items import ColReader
 from blocks.resident import Windows
 from blocks.rows import missing_column
@@ -103,6 +105,8 @@ def forecast_block(
     `valid_pct` of the times of each series validates: its first windows look back into the training part, which has no target
     there. Windows are cut when a batch is made, so that a million of them cost no copy.
     """
+    if scale == "sample":
+        raise ValueError("scale='sample' scales a window by what comes after it: give scale='training' or None")
     names = (values,) if isinstance(values, str) else tuple(values)
     windows = Windows(lookback, stride, horizon=horizon)
     return DataBlock(
@@ -119,12 +123,16 @@ def series_pieces(
 ) -> list[dict[str, Any]]:
     """Two pieces of each series of a table: its training steps, and its validation steps with `lookback` steps before them.
 
-    Rows are put in order of time, steps that are missing become gaps. DataError for times that come twice, or none.
+    Rows are put in order of time, at equal steps. A value that is missing is the one before, since a line to the next would
+    tell a window what follows it. DataError for times that come twice, or none, and for rows of no series.
     """
     frame = _read(source)
     for name in (time, *values, *([] if group is None else [group])):
         if name not in frame.columns:
             raise DataError(missing_column(name, [str(c) for c in frame.columns]))
+    if group is not None and frame[group].isna().any():
+        nameless = int(frame[group].isna().sum())
+        raise DataError(f"the column {group!r} does not say of {nameless} rows which series they are of: leave them out")
     pieces = []
     for name, rows in [("", frame)] if group is None else frame.groupby(group, sort=True):
         steps = _regular(rows, time, list(values), f" of {group} {name!r}" if group else "")
@@ -147,7 +155,7 @@ def _read(source: Any) -> "pd.DataFrame":
 
 
 def _regular(rows: "pd.DataFrame", time: str, values: list[str], of: str) -> np.ndarray:
-    # The values at equal steps of time, (steps, channels), gaps where there are none.
+    # The values at equal steps of time, (steps, channels); gaps before the first one only.
     import pandas as pd
 
     times = rows[time]
@@ -169,10 +177,16 @@ def _regular(rows: "pd.DataFrame", time: str, values: list[str], of: str) -> np.
     distances = ordered.index.to_series().diff().iloc[1:]
     step = distances.median()
     places = np.asarray((ordered.index - ordered.index[0]) / step, np.float64).round().astype(np.int64)
+    together = len(places) - len(np.unique(places))
+    if together:
+        warnings.warn(f"{together} rows{of} share a step of {step} with a later one, which counts", stacklevel=2)
     found = np.full((int(places[-1]) + 1, len(values)), np.nan)
-    # Of several rows that fall on one step the last counts: stamps that are not quite regular.
-    found[places] = ordered.to_numpy(np.float64, na_value=np.nan)
-    return found
+    try:
+        found[places] = ordered.to_numpy(np.float64, na_value=np.nan)
+    except (TypeError, ValueError) as error:
+        odd = ", ".join(repr(v) for v in values if not is_number_column(rows[v]))
+        raise DataError(f"the column {odd}{of} holds no numbers: {error}") from error
+    return pd.DataFrame(found).ffill().to_numpy()
 
 
 def forecast_dataloaders(
@@ -203,7 +217,9 @@ def forecast_learner(
     beside the model's at each epoch. settings: of `Learner`.
     """
     windows = _windows_of(dls)
-    n_quantiles = len(quantiles) if quantiles else 1
+    if not 1 <= season <= windows.length:
+        raise ValueError(f"season={season} is a number of steps from 1 to the lookback, {windows.length}")
+    n_quantiles = len(quantiles) if quantiles else None
     if arch == "nlinear":
         model = nlinear(steps=windows.length, horizon=windows.horizon, n_quantiles=n_quantiles)
     elif arch == "tcn":
@@ -266,7 +282,7 @@ def cities(
 ) -> Recipe:
     """Seattle or San Francisco? 1,452 windows of 48 hourly temperatures, by their shape alone. Needs fastray[examples].
 
-    Every fourth month validates. seed: of the order and the weights.
+    Every fourth month validates; windows at its edges overlap with training ones. seed: of the order and the weights.
     """
     return Recipe(
         block=replace(series_block(label="city", scale="sample", splitter=ColSplitter("is_valid")), get_items=city_windows),

@@ -104,8 +104,8 @@ def tabular_block_for(
     """The `tabular_block` of a table, what is not said being found in its first rows; `settings` are that function's."""
     if cat_names is None and cont_names is None:
         cont_names, cat_names = cont_cat_split(first_rows(source_of(source, source)), dep_var=y_names)
-    if y_block is None and isinstance(y_names, str):
-        target = column_of(first_rows(source_of(source, source)), y_names)
+    if y_block is None and (isinstance(y_names, str) or len(y_names) == 1):
+        target = column_of(first_rows(source_of(source, source)), y_names if isinstance(y_names, str) else y_names[0])
         y_block = RegressionBlock() if is_number_column(target) else CategoryBlock()
     return tabular_block(y_names, cat_names or (), cont_names or (), y_block=y_block, **settings)
 
@@ -115,6 +115,9 @@ def first_rows(table: Source) -> "pd.DataFrame":
     rows = next(iter(table.pieces(LOOK_ROWS)[0].blocks(LOOK_ROWS)))
     if rows.table is None:
         raise DataError(f"{table.name} is no table: give a DataFrame, a CSV or a Parquet file")
+    twice = sorted({name for name in rows.table.column_names if rows.table.column_names.count(name) > 1})
+    if twice:
+        raise DataError(f"{table.name} has several columns called {', '.join(map(repr, twice))}: give each a name of its own")
     return rows.table.to_pandas()
 
 

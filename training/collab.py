@@ -72,6 +72,7 @@ class AgainstOthers(Callback):
     """
 
     order = 5
+    remove_on_fetch = True  # what is predicted is the item's own score, as an export does
 
     def __init__(self, n_items: int):
         if n_items < 3:

@@ -264,7 +264,7 @@ class L1LossFlat(_ValueLoss):
 class QuantileLoss(BaseLoss):
     """How far off forecasts of quantiles are, (..., quantiles) against values (...): the pinball loss (Koenker, 1978).
 
-    quantiles: which ones the last axis holds. The prediction is the middle one of them.
+    quantiles: which ones the last axis holds. The prediction is the one nearest to the median, the higher of two.
     """
 
     quantiles: Sequence[float] = (0.1, 0.5, 0.9)
@@ -285,8 +285,8 @@ class QuantileLoss(BaseLoss):
         return _reduced(loss, reduction)
 
     def decodes(self, pred: Tensor) -> Tensor:
-        """The middle quantile."""
-        return pred[..., len(self.quantiles) // 2]
+        """The quantile nearest to the median."""
+        return pred[..., min(reversed(range(len(self.quantiles))), key=lambda i: abs(self.quantiles[i] - 0.5))]
 
 
 def _numbers(weight: Sequence[float] | Tensor | None) -> tuple[float, ...] | None:

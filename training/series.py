@@ -93,13 +93,13 @@ class NLinear(nn.Module):
     """Forecasts (rows, steps, channels) -> (rows, horizon, channels): one linear layer for all channels, over what differs from
     the last step (Zeng et al., "Are transformers effective for time series forecasting?", arXiv:2205.13504).
 
-    n_quantiles: so many forecasts of each, (rows, horizon, channels, n_quantiles).
+    n_quantiles: so many forecasts of each, (rows, horizon, channels, n_quantiles); None: one, without that axis.
     """
 
-    def __init__(self, steps: int, horizon: int, n_quantiles: int = 1):
+    def __init__(self, steps: int, horizon: int, n_quantiles: int | None = None):
         super().__init__()
         self.horizon, self.n_quantiles = horizon, n_quantiles
-        self.linear = nn.Linear(steps, horizon * n_quantiles)
+        self.linear = nn.Linear(steps, horizon * (n_quantiles or 1))
 
     def forward(self, x: Tensor) -> Tensor:
         last = x[:, -1:]
@@ -110,11 +110,11 @@ class NLinear(nn.Module):
 class TCN(nn.Module):
     """Forecasts as `NLinear`, by causal convolutions, each twice as wide apart as the last (Bai et al., arXiv:1803.01271)."""
 
-    def __init__(self, channels: int, horizon: int, width: int = 32, depth: int = 5, n_quantiles: int = 1):
+    def __init__(self, channels: int, horizon: int, width: int = 32, depth: int = 5, n_quantiles: int | None = None):
         super().__init__()
         self.channels, self.horizon, self.n_quantiles = channels, horizon, n_quantiles
         self.convs = nn.ModuleList(nn.Conv1d(width if i else channels, width, 3, dilation=2**i) for i in range(depth))
-        self.head = nn.Linear(width, channels * horizon * n_quantiles)
+        self.head = nn.Linear(width, channels * horizon * (n_quantiles or 1))
 
     def forward(self, x: Tensor) -> Tensor:
         last = x[:, -1:]
@@ -126,10 +126,10 @@ class TCN(nn.Module):
         return _as_forecast(ahead, self.horizon, self.n_quantiles, last)
 
 
-def _as_forecast(ahead: Tensor, horizon: int, n_quantiles: int, last: Tensor) -> Tensor:
+def _as_forecast(ahead: Tensor, horizon: int, n_quantiles: int | None, last: Tensor) -> Tensor:
     # (rows, channels, horizon * quantiles) -> (rows, horizon, channels[, quantiles]), the last step added again.
-    shaped = ahead.unflatten(2, (horizon, n_quantiles)).transpose(1, 2)
-    return shaped.squeeze(3) + last if n_quantiles == 1 else shaped + last[..., None]
+    shaped = ahead.unflatten(2, (horizon, n_quantiles or 1)).transpose(1, 2)
+    return shaped.squeeze(3) + last if n_quantiles is None else shaped + last[..., None]
 
 
 @model_builder
@@ -145,13 +145,13 @@ def resnet1d(*, n_in: int, n_out: int) -> nn.Module:
 
 
 @model_builder
-def nlinear(*, steps: int, horizon: int, n_quantiles: int = 1) -> nn.Module:
+def nlinear(*, steps: int, horizon: int, n_quantiles: int | None = None) -> nn.Module:
     """An `NLinear` by its arguments, as plain data."""
     return NLinear(steps, horizon, n_quantiles)
 
 
 @model_builder
-def tcn(*, channels: int, horizon: int, width: int = 32, depth: int = 5, n_quantiles: int = 1) -> nn.Module:
+def tcn(*, channels: int, horizon: int, width: int = 32, depth: int = 5, n_quantiles: int | None = None) -> nn.Module:
     """A `TCN` by its arguments, as plain data."""
     return TCN(channels, horizon, width, depth, n_quantiles)
 
@@ -173,6 +173,7 @@ class AgainstNaive(Callback):
 
     order = -40  # after the Recorder
     needs_inputs = True
+    remove_on_fetch = True
 
     def __init__(self, season: int = 1):
         self.season = season
@@ -189,6 +190,7 @@ class AgainstNaive(Callback):
 
     def after_validate(self, learn: "Learner") -> None:
         learn.recorder.values |= {f"valid/{name}": value for name, value in values_over_ranks([self.metric]).items()}
+        self.metric.reset()  # else a validation that is cancelled before it begins has the value of the last one
 
 
 def _mean_absolute(pred: Tensor, targ: Tensor) -> Tensor:

@@ -69,7 +69,8 @@ class ValueWatcher(Callback):
                 stacklevel=2,
             )
             return None
-        gain = math.inf if self.best is None else self._sign * (value - self.best) - self.min_delta
+        first = self.best is None or (math.isnan(self.best) and not math.isnan(value))
+        gain = math.inf if self.best is None or first else self._sign * (value - self.best) - self.min_delta
         if gain > 0:  # false for NaN
             self.best, self.waited = value, 0
             return True

@@ -3,11 +3,12 @@
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
 
-from blocks import DataError, RegressionBlock, RegressionSetup, TensorNumber
+from blocks import ColReader, DataBlock, DataError, RegressionBlock, RegressionSetup, TensorNumber
 
 
 @pytest.mark.parametrize("value", [3, 2.5, np.float64(2.5), True])
@@ -42,7 +43,8 @@ def test_a_column_is_encoded_as_its_rows(setup: RegressionSetup, values: pa.Arra
 
 
 @pytest.mark.parametrize(
-    ("c", "value"), [(None, None), (None, float("nan")), (None, "x"), (2, [1.0]), (2, 1.0), (1, [1.0]), (None, [[1.0]])]
+    ("c", "value"),
+    [(None, None), (None, float("nan")), (None, float("inf")), (None, "x"), (2, [1.0]), (2, 1.0), (1, [1.0]), (None, [[1.0]])],
 )
 def test_what_is_no_number(c: int | None, value: Any) -> None:
     with pytest.raises(DataError, match="is not a "):
@@ -50,8 +52,18 @@ def test_what_is_no_number(c: int | None, value: Any) -> None:
 
 
 def test_a_column_with_empty_cells() -> None:
-    with pytest.raises(DataError, match="1 rows have no number"):
+    with pytest.raises(DataError, match="1 rows have no finite number"):
         RegressionSetup().encodes_column(pa.array([1, None]))
+    with pytest.raises(DataError, match="2 rows have no finite number"):
+        RegressionSetup().encodes_column(pa.array([1.0, float("inf"), float("nan")]))
+
+
+def test_the_row_that_has_no_number_is_named() -> None:
+    rows = pd.DataFrame({"a": range(40), "b": [*range(37), None, 1, 2]})
+    block = DataBlock(blocks=(RegressionBlock(), RegressionBlock()), get_x=ColReader("a"), get_y=ColReader("b"))
+    with pytest.raises(DataError, match="None is not a number") as caught:
+        block.dataloaders(rows, cache="off")
+    assert caught.value.__notes__ == ["while preparing 'y' of the row '37'"]
 
 
 def test_n_out() -> None:

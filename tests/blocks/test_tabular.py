@@ -251,6 +251,14 @@ def test_days_since_and_until_events() -> None:
     assert new.loc[3, ["Afterevent", "Beforeevent"]].tolist() == [0, 0]
 
 
+def test_days_since_events_where_the_index_repeats_and_the_event_has_gaps() -> None:
+    half = pd.DataFrame({"date": pd.to_datetime(["2024-01-01", "2024-01-03"]), "event": [1.0, np.nan]})
+    df = pd.concat([half.assign(base=1), half.assign(base=2)])
+    new = add_elapsed_times(df, "event", "date", "base")
+    assert new["Afterevent"].tolist() == [0, 2, 0, 2]
+    assert new.index.tolist() == [0, 1, 0, 1]
+
+
 def test_numbers_and_categories_are_told_apart() -> None:
     df = frame().assign(number=range(N), flag=True)
     assert cont_cat_split(df, dep_var="stays") == (["age", "pay", "number"], ["job", "level", "flag"])

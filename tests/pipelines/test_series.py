@@ -13,7 +13,7 @@ from blocks import DataError
 from blocks.tensors import as_plain
 from cluster.train import new_learner
 from pipelines.recipes import find_recipe
-from pipelines.series import forecast_dataloaders, forecast_learner, series_block, series_learner, series_pieces
+from pipelines.series import forecast_block, forecast_dataloaders, forecast_learner, series_block, series_learner, series_pieces
 from training import accuracy, load_predictor, one_cycle
 
 there = importlib.util.find_spec("vega_datasets") is not None
@@ -70,7 +70,7 @@ def test_no_target_of_the_training_part_lies_in_the_validation_part() -> None:
     assert min(float(x.min()) for x, _ in valid) == 70  # looking back is no leak
 
 
-def test_missing_hours_become_gaps_and_groups_are_series() -> None:
+def test_missing_hours_are_the_ones_before_and_groups_are_series() -> None:
     frame = waves(60).assign(port="a")
     frame = pd.concat([frame.drop(frame.index[frame.when == pd.Timestamp("2024-01-01 05:00")]), frame.assign(port="b")])
     pieces = series_pieces(frame, "when", ["tide"], "port", 10, 0.2)
@@ -80,8 +80,32 @@ def test_missing_hours_become_gaps_and_groups_are_series() -> None:
         ("b", False, 48),
         ("b", True, 22),
     ]
-    assert np.isnan(pieces[0]["values"][5, 0])
-    assert np.isnan(pieces[0]["values"]).sum() == 1
+    there = frame[frame.port == "a"].set_index("when").tide
+    assert pieces[0]["values"][5, 0] == pieces[0]["values"][4, 0] == there[pd.Timestamp("2024-01-01 04:00")]
+    assert not np.isnan(pieces[0]["values"]).any()
+
+
+def test_rows_that_share_a_step_are_told() -> None:
+    frame = pd.DataFrame({"when": [0.0, 1.0, 2.0, 2.1, 3.0, 4.0], "tide": range(6)})
+    with pytest.warns(UserWarning, match=r"1 rows share a step of 1\.0 with a later one"):
+        (piece, *_) = series_pieces(frame, "when", ["tide"], None, 2, 0.0)
+    assert piece["values"][:, 0].tolist() == [0, 1, 3, 4, 5]
+
+
+def test_rows_of_no_series_are_told() -> None:
+    frame = waves(20).assign(port=["a"] * 19 + [None])
+    with pytest.raises(DataError, match="'port' does not say of 1 rows"):
+        forecast_dataloaders(frame, "when", "tide", group="port", cache="off")
+
+
+@pytest.mark.parametrize("arch", ["nlinear", "tcn"])
+def test_one_quantile_alone(arch: Any) -> None:
+    dls = forecast_dataloaders(waves(), "when", ["tide", "wind"], lookback=24, horizon=6, cache="off")
+    learn = forecast_learner(dls, arch, quantiles=[0.9])
+    with learn.no_logging():
+        learn.fit(1)
+    assert learn.get_preds()[0].shape == (dls.valid.n, 6, 2, 1)
+    assert learn.predict(waves().sort_values("when")[["tide", "wind"]].to_numpy()[:24]).decoded.shape == (6, 2)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +116,7 @@ def test_missing_hours_become_gaps_and_groups_are_series() -> None:
         (waves().assign(when="soon"), "holds no times"),
         (waves().assign(when=pd.NaT), "rows without a time"),
         (waves().head(2), "has 2 rows"),
+        (waves().assign(tide="high"), "column 'tide' holds no numbers"),
     ],
 )
 def test_mistakes(frame: pd.DataFrame, match: str) -> None:
@@ -107,6 +132,10 @@ def test_other_mistakes() -> None:
     dls = forecast_dataloaders(waves(), "when", "tide", cache="off")
     with pytest.raises(ValueError, match="'nlinear' or 'tcn', not 'arima'"):
         forecast_learner(dls, "arima")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="scales a window by what comes after it"):
+        forecast_block("when", "tide", scale="sample")
+    with pytest.raises(ValueError, match="season=49 is a number of steps from 1 to the lookback, 48"):
+        forecast_learner(dls, season=49)
     with pytest.raises(TypeError, match="no windows with a horizon"):
         forecast_learner(dls.new(samples=None))
 

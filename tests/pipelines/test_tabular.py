@@ -57,6 +57,11 @@ def test_numbers_are_numbers() -> None:
     assert type(learn.dls.one_batch()[-1]).__name__ == "TensorNumber"
 
 
+def test_one_target_in_a_list_is_that_target() -> None:
+    dls = tabular_dataloaders(frame(), ["price"], ["kind"], ["size"], cache="off")
+    assert type(dls.one_batch()[-1]).__name__ == "TensorNumber"
+
+
 def test_several_targets() -> None:
     df = frame().assign(double=lambda d: 2 * d["price"])
     dls = tabular_dataloaders(df, ["price", "double"], ["kind"], ["size"], cache="off")
@@ -171,5 +176,8 @@ def test_a_table_needs_its_words(tmp_path: Path) -> None:
     frame().to_csv(tmp_path / "mine.csv", index=False)
     with pytest.raises(DataError, match=r"no column 'win'.*'wins'"):
         run("table", path=str(tmp_path / "mine.csv"), target="win")
+    (tmp_path / "twice.csv").write_text("a,a,win\n1,2,yes\n3,4,no\n")
+    with pytest.raises(DataError, match="several columns called 'a'"):
+        run("table", path=str(tmp_path / "twice.csv"), target="win")
     with pytest.raises(DataError, match=r"nothing\.csv"):
         run("table", path=str(tmp_path / "nothing.csv"), target="win")

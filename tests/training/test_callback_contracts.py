@@ -61,6 +61,13 @@ def choosing_learner(*callbacks: Callback) -> Learner:
     return Learner(dls, Rates(), training.BCEWithLogitsLossFlat(), lr=0.01, callbacks=callbacks)
 
 
+def forecasting_learner(*callbacks: Callback) -> Learner:
+    torch.manual_seed(2)
+    batches = [(torch.randn(4, 6, 2), torch.randn(4, 3, 2)) for _ in range(5)]
+    dls = DataLoaders(batches[:3], batches[3:])
+    return Learner(dls, training.NLinear(6, 3), training.L1LossFlat(), lr=0.01, callbacks=callbacks)
+
+
 def gan_learner(*callbacks: Callback) -> Learner:
     torch.manual_seed(4)
     real = [(torch.randn(8, 2),) for _ in range(5)]
@@ -82,6 +89,7 @@ SETTINGS: dict[str, tuple[MakeCallback, MakeLearner]] = {
         "AdaptiveGANSwitcher": (lambda: training.AdaptiveGANSwitcher(None, 0.8), gan_learner),
         "FixedGANSwitcher": (lambda: training.FixedGANSwitcher(2, 1), gan_learner),
         "GANTrainer": (lambda: training.GANTrainer(clip=0.5, noise=3), gan_learner),
+        "AgainstNaive": (training.AgainstNaive, forecasting_learner),
         "AgainstOthers": (lambda: training.AgainstOthers(5), choosing_learner),
         "ActivationStats": lambda: training.ActivationStats(every=2, with_hist=True),
         "BatchTransforms": training.BatchTransforms,

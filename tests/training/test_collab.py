@@ -55,6 +55,13 @@ def test_choices_alone_teach_what_is_liked() -> None:
     assert scores[alike].mean() > scores[~alike].mean() + 2
 
 
+def test_predictions_of_choices_are_their_own_scores() -> None:
+    data = DataLoaders([(CODES,)], [(CODES,)])
+    learn = Learner(data, EmbeddingDotBias(2, 3, 3), BCEWithLogitsLossFlat(), callbacks=[AgainstOthers(3)])
+    preds, _ = learn.get_preds()
+    torch.testing.assert_close(preds, learn.model(CODES).sigmoid().detach())
+
+
 def test_others_are_drawn_by_the_keys_of_the_rows_and_are_never_unknown() -> None:
     callback, seen = AgainstOthers(3), []
 

@@ -26,6 +26,7 @@ def test_forecasts_move_with_the_series(model: torch.nn.Module) -> None:
 def test_forecasts_of_quantiles() -> None:
     assert NLinear(12, 4, 3)(torch.randn(5, 12, 2)).shape == (5, 4, 2, 3)
     assert TCN(2, 4, width=8, depth=2, n_quantiles=3)(torch.randn(5, 12, 2)).shape == (5, 4, 2, 3)
+    assert NLinear(12, 4, 1)(torch.randn(5, 12, 2)).shape == (5, 4, 2, 1)
 
 
 def test_a_linear_forecast_against_its_formula() -> None:
@@ -51,6 +52,9 @@ def test_the_naive_error_stands_beside_the_models() -> None:
         learn.fit(1)
     assert learn.recorder.history[0]["valid/mae_naive"] == pytest.approx(1)
     assert "valid/mae" in learn.recorder.history[0]
+    learn.recorder.values.clear()
+    learn.get_preds()
+    assert learn.recorder.values == {}
 
 
 def test_the_best_constant_under_a_quantile_loss_is_the_quantile() -> None:
@@ -59,6 +63,7 @@ def test_the_best_constant_under_a_quantile_loss_is_the_quantile() -> None:
     errors = [float(loss(torch.tensor([q, 90.0]).expand(101, 2), values)) for q in range(101)]
     assert errors.index(min(errors)) == 10
     assert loss.decodes(torch.tensor([[1.0, 2.0]])).tolist() == [2.0]
+    assert QuantileLoss(quantiles=(0.5, 0.9)).decodes(torch.tensor([[1.0, 2.0]])).tolist() == [1.0]
     with pytest.raises(ValueError, match="rising order"):
         QuantileLoss(quantiles=(0.9, 0.1))
     with pytest.raises(ValueError, match="not 2 quantiles of"):

@@ -55,6 +55,7 @@ class Weights(Callback):
         ("valid/accuracy", [0.1, 0.2, 0.9, 0.9], 2),
         ("valid/error_rate", [0.9, 0.2, 0.3, 0.4], 1),
         ("valid/loss", [3.0, float("nan"), 2.0, 4.0], 2),
+        ("valid/loss", [float("nan"), 3.0, 2.0, 4.0], 2),
     ],
 )
 def test_the_training_ends_with_the_weights_of_the_best_epoch(name: str, values: list[float], best: int) -> None:
