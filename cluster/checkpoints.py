@@ -19,9 +19,12 @@ from functools import partial
 from threading import Semaphore
 from typing import Any
 
+import numpy as np
 import torch
+from pyarrow.fs import LocalFileSystem
 from torch import Tensor
 
+from blocks.errors import UserError
 from blocks.storage import get, writing
 from cluster.preemption import noticed
 from cluster.said import take_said
@@ -115,11 +118,13 @@ class Checkpoints(Callback):
         state = _copied(state) | {"finished": finished, "world": distributed.world()}
         own = {name: state.pop(name) for name in OF_RANK}
         parts = {file_of(rank): own, SHARED: state} if rank == 0 else {file_of(rank): own}
-        best = rank == 0 and len(learn.recorder.history) > self._reported and is_best(learn)
+        # Within an epoch, a run that goes on has its earlier epochs to tell again, but weights that are none of theirs.
+        ended = learn.position.opens_epoch and len(learn.recorder.history) > self._reported
+        best = rank == 0 and ended and is_best(learn)
         self._at, self._saved_at = replace(learn.position), time.monotonic()
         ray.train.report(
             self._news(learn),
-            checkpoint=ray.train.Checkpoint(self.folder),  # not read: `_write` has what to write
+            checkpoint=ray.train.Checkpoint("/", LocalFileSystem()),  # not read: `_write` has what to write
             # No place is saved twice, so names do not meet; what a killed process left half written is written over.
             checkpoint_dir_name=f"epoch-{learn.epochs_trained:04d}-batch-{self._at.batch:06d}{'-end' * finished}",
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
@@ -136,7 +141,7 @@ class Checkpoints(Callback):
 
     def _news(self, learn: Learner) -> dict[str, Any]:
         # Of the epochs, rank 0's report is the one that is read.
-        epochs = learn.recorder.history[self._reported :]
+        epochs = _copied(learn.recorder.history[self._reported :])
         self._reported += len(epochs)
         return {"said": take_said()} | ({"epochs": epochs} if distributed.rank() == 0 else {})
 
@@ -145,6 +150,11 @@ class Checkpoints(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._votes = state["votes"]
+
+    def merged(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """What any rank wanted is still wanted."""
+        votes = [state["votes"] for state in states if state["votes"] is not None]
+        return {"votes": torch.stack(votes).amax(0) if votes else None}
 
 
 def _write(parts: dict[str, Any], best: str | None, done: Callable[[], None], _: Any, name: str) -> Any:
@@ -170,15 +180,38 @@ def _from_bytes(content: bytes) -> dict[str, Any]:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
+_PLAIN = (type(None), bool, int, float, str)
+
+
 def _copied(state: Any) -> Any:
-    # In memory of its own, on the CPU: training goes on while it is written.
+    # In memory of its own, on the CPU: training goes on while it is written. What could not be read again is refused now: at
+    # the end of the training, when it comes home, nothing would be left of it.
+    if type(state) in _PLAIN:
+        return state
+    if isinstance(state, np.generic):  # a metric of NumPy's, say
+        return state.item()
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
         copied = copy.copy(state)  # a model's state has its versions as an attribute
         copied.update({key: _copied(value) for key, value in state.items()})
         return copied
-    return type(state)(map(_copied, state)) if isinstance(state, list | tuple) else state
+    if isinstance(state, list | tuple):
+        return type(state)(map(_copied, state))
+    _check_readable(state)
+    return state
+
+
+def _check_readable(value: Any) -> None:
+    try:
+        content = io.BytesIO()
+        torch.save(value, content)
+        _from_bytes(content.getvalue())
+    except Exception as error:  # whatever its __reduce__ raises
+        raise UserError(
+            f"a checkpoint keeps tensors, numbers, strings, lists and dicts, but the state of a callback (or the record, the "
+            f"model, the optimizer) has {value!r}, a {type(value).__name__}"
+        ) from error
 
 
 class SaveHere(Callback):
@@ -195,8 +228,10 @@ class SaveHere(Callback):
 
     def save(self, learn: Learner, finished: bool = False) -> None:
         """Write the state of this moment."""
+        state = learn.state_dict()
+        own = _copied({name: state[name] for name in OF_RANK})
         with writing(self.folder, SHARED) as out:
-            torch.save(learn.state_dict() | {"finished": finished}, out)
+            torch.save(state | own | {"finished": finished}, out)
 
     def read(self) -> dict[str, Any] | None:
         """The newest state, if there is one."""

@@ -31,8 +31,10 @@ class ToSpool(ray.train.UserCallback):
 
     def __init__(self, spool: str, run: str, restarts: int, told: int):
         self.spool, self.run, self.restarts, self.told = spool, run, restarts, told
+        self._broken = False
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        self._broken = False
         for rank, own in enumerate(metrics):
             for line in own["said"]:
                 append(self.spool, "said", self.run, line=by_rank(rank, line))
@@ -46,7 +48,9 @@ class ToSpool(ray.train.UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         raise_if_final(worker_exceptions)
-        self.restarts += 1
+        # Where a node is taken away, Train lets the others live until it is gone, and tells of the lost ones at each look.
+        self.restarts += not self._broken
+        self._broken = True
 
 
 class TellsOfGroups(WorkerGroupCallback):

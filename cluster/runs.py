@@ -112,7 +112,7 @@ def find_run(name: str, storage: str) -> tuple[str, Run]:
         if run.finished:
             raise RunError(f"the run {run_name(folder)} has ended, there is nothing left to go on with: begin a new one")
         return (folder if is_url(folder) else str(Path(folder).absolute())), run
-    raise RunError(f"there is no run {name!r} in {shown(storage)}{_those_in(storage, name)}")
+    raise RunError(f"there is no run {shown(name)!r} in {shown(storage)}{_those_in(storage, name)}")
 
 
 def _those_in(storage: str, name: str) -> str:

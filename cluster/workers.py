@@ -119,8 +119,12 @@ class Workers:
             folder, begun = find_run(resume, self.storage or places().storage)
             if begun.words != words:
                 raise UserError(
-                    f"{resume!r} was begun with {_as_settings(begun.words)}: give it the same, not {_as_settings(words)}"
+                    f"{shown(resume)!r} was begun with {_as_settings(begun.words)}: give it the same, not {_as_settings(words)}"
                 )
+            began_here = begun.runner.get("workers") == 0
+            if began_here != (self.most == 0):  # it would not find the other's checkpoints, and begin again
+                where, number = ("in this process", "0") if began_here else ("on workers", "1 or more")
+                raise UserError(f"{shown(resume)!r} was begun {where}, where its checkpoints are: give Workers of {number}")
             InFolder(self, folder, resumed=True).run(learn, schedule, lr, None)
             finish_run(folder)
         elif self.storage is not None:

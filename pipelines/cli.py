@@ -81,11 +81,12 @@ def train(name: str, words: Sequence[str], debug: bool) -> None:
 def resume(run: str) -> None:
     """Go on with RUN, a training or a sweep that was broken off: its folder, or its name in the folder of the runs."""
     from cluster.places import places
-    from cluster.runs import find_run
+    from cluster.runs import find_run, run_name
 
     folder, begun = find_run(run, places().storage)
     if begun.recipe is None:
-        raise UserError(f"{run} was begun by a script: run it again with learn.fit(..., resume={run!r})")
+        name = run_name(folder)
+        raise UserError(f"{name} was begun by a script: run it again with learn.fit(..., resume={name!r})")
     swept = begun.kind == "sweep"
     make, settings, _ = _read(begun.recipe, [f"{key}={text}" for key, text in begun.words.items()], {}, spaces=swept)
     if swept:

@@ -3,11 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from blocks.errors import UserError
+from cluster import Workers
 from cluster.runs import RUN_FILE, Run, RunError, find_run, finish_run, new_run_folder, read_run, run_name, words_of, write_run
-from training import fine_tune
+from training import fine_tune, flat
 
 BEGUN = Run("train", "pipelines.vision:digits", {"lr": "0.001", "schedule": "one_cycle(5)"}, {"workers": 2})
 
@@ -65,6 +68,22 @@ def test_what_there_is_is_said_for_a_run_that_is_not_there(storage: str) -> None
         find_run("birds", storage)
     with pytest.raises(RunError, match=f"did you mean '{names[1]}'"):
         find_run(names[1][:-1], storage)
+
+
+def test_the_keys_of_a_url_are_not_told() -> None:
+    with pytest.raises(RunError, match=r"there is no run 'memory://\*\*\*@runs/a' in memory://\*\*\*@runs,") as raised:
+        find_run("memory://me:secret@runs/a", "memory://me:secret@runs")
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("began", "goes_on", "there"), [(2, 0, "on workers"), ([1, 8], 0, "on workers"), (0, 2, "in this process")]
+)
+def test_a_run_does_not_begin_again_where_its_checkpoints_are_not(tmp_path: Path, began: Any, goes_on: int, there: str) -> None:
+    schedule = flat(2)
+    write_run(tmp_path / "a", Run("train", None, words_of({"schedule": schedule, "lr": 0.1}), {"workers": began}))
+    with pytest.raises(UserError, match=f"'a' was begun {there}"):
+        Workers(goes_on, storage=str(tmp_path)).run(None, schedule, 0.1, "a")  # type: ignore[arg-type]
 
 
 def test_what_is_no_run_of_this_version_is_refused(tmp_path: Path) -> None:
