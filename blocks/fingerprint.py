@@ -31,6 +31,7 @@ _INSTALLED = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), sysc
 _NOT_ITS_OWN = {
     *vars(object),
     *("__module__", "__dict__", "__weakref__", "__annotations__", "__orig_bases__", "__parameters__", "__slots__"),
+    "__slotnames__",  # pickle leaves it on a class whose objects it has seen
     *("__dataclass_fields__", "__dataclass_params__", "__match_args__", "__abstractmethods__", "_abc_impl"),
 } - {"__init__", "__eq__", "__hash__"}
 

@@ -432,3 +432,14 @@ def test_a_plan_that_cannot_be_recognised(folder: Path, open_socket: socket.sock
     assert f"not kept across runs: {first.unkept}" in first.explain()
     assert planned(folder).unkept is None
     assert "not kept" not in planned(folder).explain()
+
+
+def test_pickling_an_object_leaves_the_fingerprint_of_its_class() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Own:
+        n: int = 1
+
+    before = fingerprint(Own())
+    Own().__reduce_ex__(2)  # what pickle does, which leaves a list of slots on the class
+    assert "__slotnames__" in vars(Own)
+    assert fingerprint(Own()) == before

@@ -1,7 +1,6 @@
 """MLflow's pages in a real browser, at the address that `fastray ui` prints: a sweep, trials in order, schedule, picture."""
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,7 +62,7 @@ def printed_page(sweep: Path) -> Iterator[str]:
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     yield process.stdout.readline().removeprefix("MLflow: ").partition("  (records")[0]
-    process.send_signal(signal.SIGINT)
+    process.terminate()  # answered as Ctrl-C is, which a process that was started in the background may not hear
     assert process.wait(timeout=PATIENCE) == 130
     process.stdout.close()
 
