@@ -74,7 +74,11 @@ def series_block(
 def series_learner(
     dls: DataLoaders, arch: Literal["inception_time", "resnet1d"] = "inception_time", **settings: Any
 ) -> Learner:
-    """A Learner of the classes of series. settings: of `Learner`."""
+    """A Learner of the classes of series. settings: of `Learner`.
+
+    Series of several lengths are padded with zeros in a batch, and the models see them: what is said of a short one depends on
+    the longest beside it. Cut or resample them to one length where that matters.
+    """
     if arch not in CLASSIFIERS:
         raise ValueError(f"arch is one of {', '.join(CLASSIFIERS)}, not {arch!r}")
     return Learner(dls, CLASSIFIERS[arch](n_in=channels_of(dls), n_out=len(dls.vocab)), **settings)
