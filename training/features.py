@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 ROWS = 64  # that the frozen part is given at a time
 PROBED = 2  # rows on which is tried whether its output is always the same
 NAME = "features"
+MODULES_OWN = vars(nn.Module()).keys()
 
 # Layers that hold nothing and draw nothing: at the head's beginning they are computed once, too, and pooled features are small.
 _STILL = (AdaptiveConcatPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d, nn.Flatten, nn.Identity)
@@ -237,12 +238,12 @@ def find_cut(model: nn.Module) -> Cut:
         if _all_train(model.get_submodule(".".join(largest))):
             *above, name = largest
             parent = model.get_submodule(".".join(above))
-            within = _end_of(parent, ".".join(above)) if isinstance(parent, nn.Sequential) else None
+            within = _end_of(parent, ".".join(above)) if _plain(parent) else None
             if within is None or list(dict(parent.named_children()))[within.start or 0] == name:
                 within = _after_still(model, ".".join(largest))
             return within
     parent = model.get_submodule(".".join(path))
-    found = _end_of(parent, ".".join(path)) if isinstance(parent, nn.Sequential) else None
+    found = _end_of(parent, ".".join(path)) if _plain(parent) else None
     if found is None:
         raise not_exact(f"the phase trains more than the model's last part: {_some(names)}{_of_norms(model)}")
     return found
@@ -262,10 +263,15 @@ def _end_of(sequential: nn.Module, path: str) -> Cut | None:
 
 def _after_still(model: nn.Module, path: str) -> Cut:
     head = model.get_submodule(path)
-    if not isinstance(head, nn.Sequential):
+    if not _plain(head):
         return Cut(path)
     start = next(i for i, child in enumerate(head.children()) if not isinstance(child, _STILL))
     return Cut(path, start)
+
+
+def _plain(module: nn.Module) -> bool:
+    # Whether it runs its children one after the other, and does nothing else.
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def _all_train(module: nn.Module) -> bool:
@@ -346,7 +352,12 @@ def _probe(frozen: FrozenPart, prepared: Prepared, still: bool) -> torch.dtype:
         again = [column for columns in frozen.batch(shard, rows, TRAIN) for column in columns]
         if not all(_equal(a, b) for a, b in zip([*x, *y], again, strict=True)):
             raise not_exact(f"the batch transforms give something else each time: {frozen.batch_tfms}")
+        one, of_one = frozen.batch(shard, rows[:1], TRAIN)
+        if not all(_close(a[:1], b) for a, b in zip([*x, *y], [*one, *of_one], strict=True)):
+            raise not_exact(f"what the batch transforms make of a row depends on the others of its batch: {frozen.batch_tfms}")
         expected = frozen.features(x)
+        if not _close(expected[:1], frozen.features(one)):
+            raise not_exact("what the frozen part makes of a row depends on the others of its batch")
         of_head, result = frozen.whole(x)
         if of_head is None or of_head is not result:
             raise not_exact(f"{frozen.cut.path!r} trains, but its output is not the model's: something follows it")
@@ -365,6 +376,14 @@ def _probe(frozen: FrozenPart, prepared: Prepared, still: bool) -> torch.dtype:
     if not _equal(expected, in_training):
         raise not_exact("the frozen part gives something else in training, as dropout does")
     return expected.dtype
+
+
+def _close(a: Any, b: Any) -> bool:
+    # But for the float error of half precision.
+    if a.shape != b.shape:
+        return False
+    one, other = as_plain(a).float(), as_plain(b).float()
+    return bool((one - other).abs().max() <= 0.05 * one.abs().max()) if one.numel() else True
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -427,12 +446,9 @@ def _identity(frozen: FrozenPart) -> list[Any]:
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    # A layer's numbers and texts, such as a stride.
-    plain = (bool, int, float, str, type(None))
+    # What a layer knows beside its weights and parts, such as a stride or a function.
     return {
-        name: value
+        name: str(value) if isinstance(value, torch.dtype | torch.device) else value
         for name, value in sorted(vars(module).items())
-        if name != "training"
-        and not name.startswith("_")
-        and (isinstance(value, plain) or (isinstance(value, tuple | list) and all(isinstance(v, plain) for v in value)))
+        if name not in MODULES_OWN
     }

@@ -55,6 +55,31 @@ class Noisy(nn.Module):
         return F.dropout(x, 0.5, self.training)
 
 
+class Scaled(nn.Sequential):
+    """More than its children, one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 3
+
+
+class Acts(nn.Module):
+    """What it does is no weight, and no number that a layer shows."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor], scale: float = 1.0) -> None:
+        super().__init__()
+        self.act, self._scale = act, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x) * self._scale
+
+
+class Centred(nn.Module):
+    """The others of the batch count."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
 def body(*more: nn.Module) -> nn.Module:
     norm = nn.BatchNorm2d(4)
     norm.running_mean = torch.full((4,), 0.1)  # unlike that of a batch
@@ -121,6 +146,26 @@ def test_other_weights_or_batch_transforms_have_features_of_their_own(dls: DataL
     assert again.reused
     assert all(p.requires_grad for p in learn.model.parameters())  # as it was
     assert compute_ahead(learn, (FROZEN, CACHED), map) is None
+
+
+@pytest.mark.parametrize("other", [Acts(F.tanh), Acts(F.relu, 2.0)])
+def test_another_function_has_features_of_its_own(other: Acts, dls: DataLoaders) -> None:
+    stores = []
+    for acts in (Acts(F.relu), other, Acts(F.relu)):
+        torch.manual_seed(3)
+        stores.append(compute_ahead(learner(dls, nn.Sequential(body(acts), create_head(6, 3))), (CACHED,), map))
+    first, second, again = (store.fingerprint for store in stores if store is not None)
+    assert first == again != second
+
+
+def test_a_head_that_does_more_than_its_children(dls: DataLoaders) -> None:
+    def made() -> nn.Module:
+        torch.manual_seed(3)
+        return nn.Sequential(body(), Scaled(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)))
+
+    plain, cached = (trained(dls, (phase,), model=made()) for phase in (FROZEN, CACHED))
+    for epoch, other in zip(*(without_times(learn.recorder.history) for learn in (plain, cached)), strict=True):
+        assert other == pytest.approx(epoch, rel=1e-5)
 
 
 def test_pooled_features_are_small(dls: DataLoaders) -> None:
@@ -191,6 +236,8 @@ class Branches(nn.Module):
         (nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Dropout(), nn.Linear(4, 2))), Cut("1", 0)),
         (nn.Sequential(nn.Linear(4, 4), nn.Flatten(), nn.Dropout(), nn.Linear(4, 2)), Cut("", 2)),
         (Branches(), Cut("head")),
+        (nn.Sequential(nn.Linear(4, 4), Scaled(nn.Flatten(), nn.Linear(4, 2))), Cut("1")),
+        (Scaled(nn.Linear(4, 4), nn.Linear(4, 2)), Cut("1")),
     ],
 )
 def test_where_the_head_begins(model: nn.Module, cut: Cut) -> None:
@@ -235,6 +282,7 @@ def head() -> nn.Module:
         (lambda: {"callbacks": [Touches()]}, "Touches may look at the inputs .* needs_inputs = False"),
         (lambda: {"model": nn.Sequential(body(nn.Dropout2d(0.1)), head())}, "random in training"),
         (lambda: {"model": nn.Sequential(body(Noisy()), head())}, "gives something else in training"),
+        (lambda: {"model": nn.Sequential(body(Centred()), head())}, "the frozen part .* depends on the others of its batch"),
         (lambda: {"model": nn.Sequential(nn.BatchNorm2d(3, affine=False), body(), head())}, "statistics of each batch in 0:"),
         (lambda: {"model": with_hook(nn.Sequential(body(), head()))}, "'0' of the frozen part has a hook"),
         (lambda: {"model": Skips()}, "'head' trains, but its output is not the model's"),
@@ -261,6 +309,8 @@ def test_data_that_is_another_each_epoch_is_refused(dls: DataLoaders, digits_blo
         trained(dls.add_tfms(aug_transforms(max_rotate=0, max_zoom=1, max_warp=0, max_lighting=0)), (CACHED,))
     with pytest.raises(UserError, match="the batch transforms give something else each time"):
         trained(dls.add_tfms([lambda x: x + torch.rand(1) if x.ndim == 4 else x]), (CACHED,))
+    with pytest.raises(UserError, match="the batch transforms make of a row depends on the others"):
+        trained(dls.add_tfms([lambda x: x.float() - x.float().mean(0) if x.ndim == 4 else x]), (CACHED,))
     with pytest.raises(UserError, match="item transforms are random"):
         trained(digits_block.new(item_tfms=RandomResizedCrop(16)).dataloaders(few_digits), (CACHED,))
     with pytest.raises(UserError, match="only rows that a DataBlock has prepared"):
