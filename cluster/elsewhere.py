@@ -8,6 +8,7 @@
 Most of what a fresh process costs is importing, which passes meanwhile.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -35,8 +36,9 @@ class Elsewhere:
     def tell(self, model: str, file: Path, trust: Sequence[str] = ()) -> None:
         """Have it load `model` and predict `file`. trust: the modules of the person's own that the model may need."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([model, str(file), list(trust)]) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: `answer` says why
+            self._process.stdin.write(json.dumps([model, str(file), list(trust)]) + "\n")
+            self._process.stdin.flush()
 
     def answer(self) -> str:
         """What it predicts. RuntimeError when the model cannot be loaded there."""

@@ -21,6 +21,12 @@ def open_runs(spool: Path) -> list[str]:
     return list(opened)
 
 
+def end_open_runs(spool: Path) -> None:
+    """Record that the runs which nobody ended were killed: children before their parent."""
+    for run in reversed(open_runs(spool)):
+        append(spool, "end", run, status="KILLED")
+
+
 def flush(folder: Path, tracking: str) -> Sender | None:
     """Send the rest of the spool in `folder`; runs that nobody ended end as KILLED. None when nothing was recorded there.
 
@@ -32,8 +38,7 @@ def flush(folder: Path, tracking: str) -> Sender | None:
     sender = Sender(spool, tracking, sent.experiment)
     sender.begin()
     try:
-        for run in reversed(open_runs(spool)):  # children before their parent
-            append(spool, "end", run, status="KILLED")
+        end_open_runs(spool)
         sender.open()
         sender.send()
     finally:

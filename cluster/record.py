@@ -10,7 +10,7 @@ from cluster.places import places, shown
 from cluster.runs import new_run_folder
 from cluster.spool import SPOOL, append
 from cluster.tracking import Tracker, start_run
-from cluster.train import ending, record_data, record_model, tags_of
+from cluster.train import ending, none_left_open, record_data, record_model, tags_of
 from cluster.workers import SpoolReport
 from training import distributed
 from training.learner import Learner
@@ -46,7 +46,7 @@ class Record(SpoolReport):
         """While the Learner trains, here or elsewhere. folder: of the run, where it has one on this machine."""
         where = Path(folder or new_run_folder(places().storage, self.experiment))
         self.path, self.run_id = str(where / SPOOL), where.name
-        with Tracker(where / SPOOL, places().tracking, self.experiment) as tracker:
+        with Tracker(where / SPOOL, places().tracking, self.experiment) as tracker, none_left_open(where / SPOOL):
             tracker.opened()
             where.mkdir(parents=True, exist_ok=True)
             prepared = learn.dls.prepared if hasattr(learn.dls, "prepared") else None

@@ -6,6 +6,7 @@ name, its settings as the command line takes them.
 
 import difflib
 import json
+import re
 import time
 import uuid
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from training.schedule import as_words
 RUN_FILE = "run.json"
 VERSION = 1
 KINDS = ("train", "sweep")
+UNUSUAL = re.compile(r"[^\w.-]")  # in a name: a run's folder lies directly in the storage
 RESTARTS = "fastray.restarts"  # the tag of how often a run went on after a break
 
 
@@ -52,7 +54,7 @@ def words_of(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def new_run_folder(storage: str, name: str) -> str:
     """The folder, or the URL, of a new run in `storage`: by name and time, never used before; made when the run begins."""
-    name = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+    name = f"{UNUSUAL.sub('_', name)}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
     return _inside(storage, name)
 
 

@@ -80,7 +80,7 @@ class Sender:
         except StoreError:
             raise
         except Exception as error:  # noqa: BLE001  such as a server that has only half started
-            self.away = first_line(error)
+            self.away = shown(first_line(error), of=self.tracking)
 
     def _carried_out(self, records: list[dict[str, Any]]) -> bool:
         # What a store that answers refuses again and again is left out: it must not keep back what follows.
@@ -93,7 +93,7 @@ class Sender:
                 self.away = away(self.tracking)
                 if self.away:
                     return False
-                reason = first_line(error)
+                reason = shown(first_line(error), of=self.tracking)
             if wait is not None:
                 time.sleep(wait)
         self.refused = self.refused or reason

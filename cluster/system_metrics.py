@@ -26,5 +26,7 @@ class SystemMetrics:
         self._next = time.monotonic() + SECONDS
         self._monitor.collect_metrics()
         values = {f"system/{name}": value for name, value in self._monitor.aggregate_metrics().items()}
+        for monitor in self._monitor.monitors:  # else the next sample is the mean of all so far
+            monitor.clear_metrics()
         append(self.spool, "system", self.run, step=self._step, values=values)
         self._step += 1

@@ -36,6 +36,7 @@ class Tracker:
 
     def __init__(self, spool: Path, tracking: str, experiment: str, system_metrics_of: str = ""):
         self._busy_run = system_metrics_of
+        self._busy: SystemMetrics | None = None
         self._sender = Sender(spool, tracking, experiment)
         if spool.exists():
             self._sender.begin()
@@ -103,7 +104,7 @@ class Tracker:
             if self._unusable is None:
                 self._follow()
         except Exception as error:  # noqa: BLE001
-            sender.refused = sender.refused or first_line(error)
+            sender.refused = sender.refused or shown(first_line(error), of=sender.tracking)
         finally:
             sender.end(nothing_open=not open_runs(sender.spool))
 
@@ -111,20 +112,29 @@ class Tracker:
         sender = self._sender
         if not sender.away:
             close_left_behind(sender.tracking)
-        busy = SystemMetrics(sender.spool, self._busy_run) if self._busy_run else None
         ask_again = 0.0
         while not self._finished.is_set():
             if time.monotonic() >= ask_again:
                 sender.send()
                 ask_again = time.monotonic() + AWAY_SECONDS if sender.away else 0.0
             sender.beat()
-            if busy is not None:
-                busy.sample()
+            if self._busy_run:
+                self._sample()
             self._finished.wait(POLL_SECONDS)
         for seconds in range(1 if sender.away else LAST_TRIES):  # a short absence leaves no run RUNNING
             time.sleep(seconds)
             if sender.send():
                 break
+
+    def _sample(self) -> None:
+        # How busy a machine is cannot be asked of each; the other records are sent all the same.
+        try:
+            self._busy = self._busy or SystemMetrics(self._sender.spool, self._busy_run)
+            self._busy.sample()
+        except Exception as error:  # noqa: BLE001
+            self._busy_run = ""
+            reason = f"system metrics: {shown(first_line(error), of=self._sender.tracking)}"
+            self._sender.refused = self._sender.refused or reason
 
 
 def start_run(

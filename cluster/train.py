@@ -12,6 +12,7 @@ import torch
 from blocks.dataloaders import DataLoaders
 from cluster.data import dataloaders
 from cluster.example import example_in, write_example
+from cluster.flush import end_open_runs
 from cluster.places import places
 from cluster.recording import ONLY_WHAT_ALWAYS_IS, Recording
 from cluster.runs import Run, finish_run, new_run_folder, words_of, write_run
@@ -61,7 +62,8 @@ def _train_in(folder: Path, recipe: Recipe, workers: Workers, say: Say, recordin
     workers.check(recipe.batch_size)
     spool = folder / SPOOL
     run = name_in(spool) or folder.name  # a copy of the folder may have another name
-    with Tracker(spool, places().tracking, recipe.name, system_metrics_of=run if recording.system_metrics else "") as tracker:
+    busy = run if recording.system_metrics else ""
+    with Tracker(spool, places().tracking, recipe.name, system_metrics_of=busy) as tracker, none_left_open(spool):
         dls = prepared_data(recipe, on_ray=workers.most > 0, say=say)
         learn = new_learner(recipe, dls)
         tracker.opened(say)
@@ -159,3 +161,12 @@ def ending(spool: Path, run: str) -> Iterator[None]:
         raise
     finally:
         append(spool, "end", run, status=status)
+
+
+@contextlib.contextmanager
+def none_left_open(spool: Path) -> Iterator[None]:
+    """Whatever ends the block, all runs of the spool have ended then: those, too, that a process before this one began."""
+    try:
+        yield
+    finally:
+        end_open_runs(spool)

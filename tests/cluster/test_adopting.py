@@ -15,6 +15,7 @@ from cluster.sent import HEARTBEAT, SENT, Heartbeat, Sent, SentRun
 from cluster.spool import SPOOL, append, append_epoch
 from cluster.store import StoreError
 from cluster.tracking import Tracker, start_run
+from cluster.train import none_left_open
 
 pytestmark = pytest.mark.usefixtures("store")
 
@@ -81,6 +82,20 @@ def test_a_run_that_was_closed_goes_on(folder: Path) -> None:
         start_run(folder / SPOOL, "r", "the run", {})
         append_epoch(folder / SPOOL, "r", {"epoch": 3, "train/loss": 1.0})
     assert [r.info.status for r in recorded()] == ["RUNNING"]
+
+
+def test_who_adopts_runs_ends_them_whatever_ends_it(folder: Path) -> None:
+    """Before it has gone on with them: the data is gone, the cluster is too small, Ctrl-C."""
+    killed(folder)
+    start_run(folder / SPOOL, "child", "child", {}, parent="r")
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Tracker(folder / SPOOL, places().tracking, "tests"),
+        none_left_open(folder / SPOOL),
+    ):
+        raise KeyboardInterrupt
+    assert [r.info.status for r in recorded()] == ["KILLED", "KILLED"]
+    assert not (folder / HEARTBEAT).exists()
 
 
 def test_parameters_are_written_once(folder: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 from mlflow import MlflowClient
 
 from cluster.environment import environment
-from cluster.spool import SPOOL, append, append_epoch
+from cluster.spool import SPOOL, append, append_epoch, read
+from cluster.system_metrics import SystemMetrics
 from cluster.tracking import Tracker, start_run
 
 
@@ -67,3 +68,33 @@ def test_how_busy_the_machine_is(asked: bool, store: str, own_places: Path, monk
     history = client.get_metric_history(tracker.run_id("r"), "system/cpu_utilization_percentage")
     assert [m.step for m in history][:3] == ([0, 1, 2] if asked else [])
     assert client.get_run(tracker.run_id("r")).data.metrics["train/loss"] == 1.0
+
+
+def test_each_sample_is_of_its_own_time(own_places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the mean since the beginning."""
+    busy = iter((10.0, 90.0))
+    monkeypatch.setattr("cluster.system_metrics.SECONDS", 0.0)
+    monkeypatch.setattr("psutil.cpu_percent", lambda: next(busy))
+    append(own_places / SPOOL, "start", "r")
+    samples = SystemMetrics(own_places / SPOOL, "r")
+    samples.sample()
+    samples.sample()
+    values = [record["values"] for record, _ in read(own_places / SPOOL) if record["kind"] == "system"]
+    assert [v["system/cpu_utilization_percentage"] for v in values] == [10.0, 90.0]
+
+
+def test_a_machine_that_cannot_be_asked_costs_no_other_record(
+    store: str, own_places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """psutil knows of no network where there is none."""
+    monkeypatch.setattr("psutil.net_io_counters", lambda: None)
+    spool, waited = own_places / SPOOL, threading.Event()
+    with Tracker(spool, store, "tests", system_metrics_of="r") as tracker:
+        start_run(spool, "r", "r", {})
+        while tracker.trouble is None:
+            waited.wait(0.05)
+        append_epoch(spool, "r", {"epoch": 0, "train/loss": 1.0})
+        append(spool, "end", "r", status="FINISHED")
+    assert tracker.trouble.startswith("system metrics: ")
+    run = MlflowClient(store).get_run(tracker.run_id("r"))
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"train/loss": 1.0})

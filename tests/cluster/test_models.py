@@ -28,6 +28,7 @@ from blocks import (
     Resize,
 )
 from blocks.errors import UserError
+from cluster.elsewhere import Elsewhere
 from cluster.models import load_model
 from cluster.places import places
 from cluster.recording import Recording
@@ -212,6 +213,15 @@ def test_what_mlflow_would_not_take_is_said_before_the_training() -> None:
         Recording(register="a/b").check()
     with pytest.raises(UserError, match="alias=v1: "):
         Recording(register="a", alias="v1").check()
+
+
+def test_a_fresh_process_that_has_ended_is_told_as_such() -> None:
+    with Elsewhere() as elsewhere:
+        elsewhere._process.kill()
+        elsewhere._process.wait()
+        elsewhere.tell("models:/m-1", Path("a.png"))
+        with pytest.raises(RuntimeError, match="the model cannot be loaded back"):
+            elsewhere.answer()
 
 
 def test_no_items_for_a_model(few_digits: Path, digits_block: DataBlock, own_places: Path) -> None:

@@ -32,6 +32,14 @@ def test_new_runs_have_names_of_their_own(storage: str) -> None:
     assert new_run_folder(storage, "digits") != new_run_folder(storage, "digits")
 
 
+def test_a_run_lies_directly_in_the_storage_whatever_its_name(tmp_path: Path) -> None:
+    """As MLflow's experiments are called: it is looked for there, by the next command too."""
+    for name in ("team/pets", "/Users/me/pets", "it's", "../pets"):
+        folder = Path(new_run_folder(str(tmp_path), name))
+        assert folder.parent == tmp_path
+        assert "'" not in folder.name
+
+
 def test_a_run_is_found_by_its_folder_and_by_its_name(storage: str) -> None:
     folder = new_run_folder(storage, "digits")
     write_run(folder, BEGUN)

@@ -132,6 +132,22 @@ def test_passwords_are_not_shown(own_places: Path, capsys: pytest.CaptureFixture
     assert "secret" not in str(tracker.trouble)
 
 
+def test_passwords_in_what_a_store_answers_are_not_shown(own_places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow's errors tell the whole address."""
+    uri = "http://me:secret@server:9"
+
+    class Refuses:
+        def send(self, records: Any) -> None:
+            raise RuntimeError(f"API request to {uri}/api failed")
+
+    monkeypatch.setattr("cluster.sender.away", lambda tracking: None)
+    monkeypatch.setattr("cluster.sender.REFUSALS", ())
+    monkeypatch.setattr("cluster.sender.Store", lambda *_: Refuses())
+    with Tracker(own_places / "spool.jsonl", uri, "tests") as tracker:
+        append(own_places / "spool.jsonl", "end", "r", status="FINISHED")
+    assert tracker.trouble == "API request to http://***@server:9/api failed"
+
+
 def test_one_failed_request_loses_no_other_record(store: str, own_places: Path) -> None:
     """A missing file is told; what comes after it is recorded, the end above all."""
     spool = own_places / "spool.jsonl"
