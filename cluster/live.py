@@ -26,9 +26,11 @@ class LiveTable:
             self._html = HTML
             self._notebook = display(HTML(""), display_id=True)
         elif sys.stdout.isatty():
+            from rich.console import Console
             from rich.live import Live
 
-            self._terminal = Live(auto_refresh=False, transient=True)
+            # Of its own: the one that all of the process share knows the terminal of when it was made.
+            self._terminal = Live(console=Console(), auto_refresh=False, transient=True)
             self._terminal.start()
         return self
 
