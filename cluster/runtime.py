@@ -56,6 +56,8 @@ def start_ray_meanwhile() -> None:
     global _start
     import ray
 
+    for name, value in SETTINGS.items():  # in a Ray that a script has started itself, too: Tune asks in this process
+        os.environ.setdefault(name, value)
     if ray.is_initialized() or (_start is not None and not _start.done()):
         return
     started: Future[None] = Future()
@@ -76,8 +78,6 @@ def start_ray_meanwhile() -> None:
 def _init() -> None:
     import ray
 
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault(WATCHER, "1" if address else "0")
     own: dict[str, Any] = {} if address else {"include_dashboard": False}

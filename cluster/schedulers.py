@@ -123,11 +123,13 @@ class DefineByRun:
 
 @dataclass(frozen=True)
 class Before:
-    """What an interrupted sweep knows already: scores by the draws that led to them, and draws that were not carried out."""
+    """What an interrupted sweep knows already: scores by the draws that led to them, draws that were not carried out, and
+    the numbers of the trials that are over.
+    """
 
     scored: list[tuple[Draws, float]] = field(default_factory=list)
     begun: dict[int, Draws] = field(default_factory=dict)
-    next_number: int = 0
+    over: frozenset[int] = frozenset()
 
 
 def searched(
@@ -141,15 +143,11 @@ def searched(
     from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 
     if search != "optuna":
-        everything = dict(enumerate(drawn_at_once(spaces, search, trials, seed)))
-        left = (
-            everything
-            if not before.next_number
-            else before.begun | {n: d for n, d in everything.items() if n >= before.next_number}
-        )
-        todo = [{"number": number, "draws": draws} for number, draws in sorted(left.items())]
+        everything = dict(enumerate(drawn_at_once(spaces, search, trials, seed))) | before.begun
+        todo = [{"number": number, "draws": draws} for number, draws in everything.items() if number not in before.over]
         return BasicVariantGenerator(max_concurrent=at_once), {"trial": tune.grid_search(todo)}, 1
-    numbers = [*before.begun, *range(before.next_number, trials)]
+    # Trials do not begin in the order of their numbers.
+    numbers = [*before.begun, *(n for n in range(trials) if n not in before.over and n not in before.begun)]
     optuna = _optuna(DefineByRun(spaces, list(numbers)), seed, metric, mode, before)
     return ConcurrencyLimiter(optuna, max_concurrent=at_once) if at_once else optuna, {}, len(numbers)
 
@@ -172,7 +170,7 @@ def _optuna(space: DefineByRun, seed: int, metric: str, mode: str, before: Befor
         study_name="sweep",
         storage=storage,
         # Another seed after a break: the same one would draw what was drawn already.
-        sampler=optuna.samplers.TPESampler(seed=seed + before.next_number),
+        sampler=optuna.samplers.TPESampler(seed=seed + len(before.over) + len(before.begun)),
         points_to_evaluate=list(before.begun.values()),
     )
 

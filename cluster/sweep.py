@@ -19,7 +19,7 @@ from cluster.space import AroundLrFind, candidates, ranges, space_words
 from cluster.spool import ORDER, SPOOL, name_in
 from cluster.swept import Swept, space_text
 from cluster.tracking import Tracker, start_run
-from cluster.train import ending, new_learner, prepared_data, record_data, record_model, tags_of
+from cluster.train import ending, new_learner, none_left_open, prepared_data, record_data, record_model, tags_of
 from cluster.trial import TrialOf
 from cluster.tuning import Search, run_trials
 from cluster.workers import Workers
@@ -71,7 +71,8 @@ def resume_sweep(
 
     The rest: what the sweep was begun with, as its `run.json` says.
     """
-    return _swept(make, dict(space), _check(make, space), trials, scheduler, search, workers, recording, folder, say)
+    values = _check(make, space)
+    return _swept(make, dict(space), values, trials, scheduler, search, workers, recording, folder.absolute(), say)
 
 
 def _swept(
@@ -88,10 +89,11 @@ def _swept(
 ) -> Swept:
     began = time.perf_counter()
     first = make(**{name: some[0] for name, some in values.items()})
-    epochs = max(make(**{"schedule": s}).epochs for s in values.get("schedule", [first.schedule]))
+    epochs = _most_epochs(make, values)
     spool = folder / SPOOL
     run = name_in(spool) or folder.name  # a copy of the folder may have another name
-    with Tracker(spool, places().tracking, first.name, system_metrics_of=run if recording.system_metrics else "") as tracker:
+    busy = run if recording.system_metrics else ""
+    with Tracker(spool, places().tracking, first.name, system_metrics_of=busy) as tracker, none_left_open(spool):
         start_ray()
         check_resources(
             workers, Workers.asked(workers).gpu, asked=f"a trial of {workers} worker{'s' * (workers != 1)}", say=say
@@ -155,6 +157,13 @@ def _check(make: RecipeFunction, space: Mapping[str, Any]) -> dict[str, list[Any
         for value in values:
             make(**{name: value})
     return found
+
+
+def _most_epochs(make: RecipeFunction, values: Mapping[str, list[Any]]) -> int:
+    # Of the longest trial: the schedule is not the one setting that may say it.
+    base = {name: some[0] for name, some in values.items()}
+    each = [base, *({**base, name: value} for name, some in values.items() for value in some)]
+    return max(make(**settings).epochs for settings in each)
 
 
 def _around_lr_find(spaces: dict[str, Any], learn: Learner, say: Say) -> dict[str, Any]:

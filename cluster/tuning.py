@@ -98,10 +98,7 @@ def run_trials(search: Search, say: Say) -> list[Trial]:
         )
         for name in ("ray.tune", "ray.train"):  # a trial's error is told in the table
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        try:
-            tuner.fit()
-        finally:
-            watch.interrupt()
+        tuner.fit()
     memory.keep_best(KEPT_STATES)
     if memory.first_error is not None and all(t.ended == "failed" for t in memory.trials.values()):
         raise memory.first_error
@@ -182,7 +179,7 @@ class Memory:
         over = {n: t for n, t in self.trials.items() if t.ended != "waiting"}
         scored = [(self.draws[n], t.score) for n, t in over.items() if not math.isnan(t.score)]
         begun = {n: self.draws[n] for n in self.trials if n not in over}
-        return Before(scored, begun, max(self.trials, default=-1) + 1)
+        return Before(scored, begun, frozenset(over))
 
     def begin(self, number: int, draws: Draws) -> None:
         """Remember that a trial begins."""
@@ -234,9 +231,11 @@ class Memory:
     def keep_best(self, number: int) -> None:
         """Remove the states of all trials that are over but the best."""
         over = sorted((t for t in self.trials.values() if t.state is not None), key=lambda t: t.rank(self.search.mode))
+        kept = {trial.state for trial in over[:number]}
         for trial in over[number:]:
             assert trial.state is not None
-            shutil.rmtree(trial.state, ignore_errors=True)
+            if trial.state not in kept:  # as where it has taken over the last state of a better one
+                shutil.rmtree(trial.state, ignore_errors=True)
             self.trials[trial.number] = replace(trial, state=None)
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -276,7 +275,8 @@ def make_watch(search: Search, memory: Memory, table: LiveTable, held: Held | No
             return numbers[trial.trial_id]
 
         def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
-            number, draws = self.number(trial), _draws(trial)
+            # Of what it trained with: a scheduler may have changed the trial's own for the epochs to come.
+            number, draws = self.number(trial), dict(result["config"]["trial"]["draws"])
             values = {k: v for k, v in result.items() if k == "epoch" or k.startswith(RECORDED)}
             append_epoch(spool, _run(number), values)
             now = memory.epoch(number, draws, values)
@@ -304,12 +304,6 @@ def make_watch(search: Search, memory: Memory, table: LiveTable, held: Held | No
             append(spool, "tag", _run(number), key="fastray.error", value=now.error)
             append(spool, "end", _run(number), status="FAILED")
             table.update(list(memory.trials.values()), f"trial {now.name}  failed  {now.describe()}  {now.error}")
-
-        def interrupt(self) -> None:
-            """Record what still runs as killed."""
-            for trial in memory.trials.values():
-                if trial.ended == "running":
-                    append(spool, "end", _run(trial.number), status="KILLED")
 
     def _run(number: int) -> str:
         return f"{parent}-{number:04d}"

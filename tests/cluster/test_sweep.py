@@ -2,20 +2,24 @@
 
 import json
 import math
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from blocks.errors import UserError
 from cluster import around_lr_find, call, choice, grid, loguniform, sweep, uniform
+from cluster.live import LiveTable
+from cluster.runtime import SETTINGS, start_ray
 from cluster.schedulers import Before, check_words, drawn_at_once, mutations, searched, tune_scheduler
 from cluster.space import settled
-from cluster.sweep import _around_lr_find, _check, _prepared_once
+from cluster.sweep import _around_lr_find, _check, _most_epochs, _prepared_once
 from cluster.swept import Swept, Trial
 from cluster.train import new_learner
 from cluster.trial import TrialOf
-from cluster.tuning import TRIALS, Memory, Search
+from cluster.tuning import TRIALS, Memory, Search, make_watch
 from pipelines import digits
 from training.recipe import SettingError
 from training.schedule import fine_tune, flat, one_cycle
@@ -92,6 +96,21 @@ def test_words_that_go_together_pass() -> None:
     check_words("asha", "grid", {"lr": choice(1e-3, 0.1), "schedule": grid(flat(1), flat(2))}, None)
 
 
+def test_the_longest_trial_is_known_whichever_setting_says_it() -> None:
+    from dataclasses import replace
+
+    from training import Recipe, recipe
+
+    @recipe
+    def long(*, epochs: int = 3, wd: float = 0.1) -> Recipe:
+        """Its epochs are a setting of their own."""
+        return replace(toy(), schedule=flat(epochs))
+
+    assert _most_epochs(long, _check(long, {"epochs": choice(2, 6, 4)})) == 6
+    assert _most_epochs(long, _check(long, {"wd": 0.2})) == 3
+    assert _most_epochs(toy, _check(toy, {"schedule": choice(flat(2), one_cycle(5))})) == 5
+
+
 # --- draws -----------------------------------------------------------------------------------------------------------------
 
 SPACE = {"lr": loguniform(1e-3, 0.1), "schedule": choice(call(flat, choice(3, 4)), one_cycle(3), call(fine_tune, 1))}
@@ -142,8 +161,9 @@ def test_optuna_learns_from_what_was_drawn() -> None:
 def test_optuna_goes_on_with_what_it_knew_and_what_was_begun() -> None:
     first = optuna_draws(Before(), 12)
     scored = [(d["draws"], 1.0 - n / 20) for n, d in enumerate(first[:10])]
-    rest = optuna_draws(Before(scored, {d["number"]: d["draws"] for d in first[10:]}, next_number=12), 15)
-    assert [d["number"] for d in rest] == [10, 11, 12, 13, 14]
+    begun = {d["number"]: d["draws"] for d in first[10:]}
+    rest = optuna_draws(Before(scored, begun, over=frozenset(range(10)) - {4}), 15)  # 4 was to begin after 10 and 11
+    assert [d["number"] for d in rest] == [10, 11, 4, 12, 13, 14]
     assert [d["draws"] for d in rest[:2]] == [d["draws"] for d in first[10:]]
     known = [json.dumps(d["draws"]) for d in first]
     assert not {json.dumps(d["draws"]) for d in rest[2:]} & set(known)
@@ -151,7 +171,8 @@ def test_optuna_goes_on_with_what_it_knew_and_what_was_begun() -> None:
 
 def test_a_random_search_goes_on_with_what_was_begun_and_what_was_not() -> None:
     everything = drawn_at_once(SPACE, "random", 6, seed=1)
-    before = Before([(everything[n], 0.5) for n in (0, 2)], {1: everything[1], 3: everything[3]}, next_number=4)
+    # 1 and 4 had not begun: trials do not begin in the order of their numbers.
+    before = Before([(everything[n], 0.5) for n in (0, 2)], {3: everything[3]}, over=frozenset({0, 2}))
     _, space, samples = searched(SPACE, "random", 6, 1, "score", "max", before)
     assert samples == 1
     assert searched(SPACE, "random", 6, 1, "score", "max", before, at_once=2)[0].max_concurrent == 2
@@ -191,8 +212,23 @@ def test_what_ended_is_known_again_and_what_was_begun_is_drawn_again(tmp_path: P
     assert again.trials[1].error == failed.error == "KeyError: 'lost'"
     assert again.trials[1].error_file is not None
     assert "lost" in again.trials[1].error_file.read_text()
-    assert again.before() == Before([(draws[0], 0.5)], {2: draws[2]}, next_number=3)
+    assert again.before() == Before([(draws[0], 0.5)], {2: draws[2]}, over=frozenset({0, 1}))
     assert ended.fixed == {"batch_size": 30}
+
+
+def test_an_epoch_has_the_settings_it_was_trained_with(tmp_path: Path) -> None:
+    """Where the scheduler has it take over another trial's at the same moment, those are for the epochs to come."""
+    mine, others = drawn_at_once(SPACE, "random", 2, seed=7)
+    search = search_in(tmp_path)
+    memory, said = Memory(search), list[str]()
+    watch = make_watch(search, memory, LiveTable("valid/accuracy", "max", said.append), None)
+    ray_trial = SimpleNamespace(trial_id="t", config={"trial": {"number": 0, "draws": mine}})
+    watch.on_trial_start(1, [ray_trial], ray_trial)
+    ray_trial.config = {"trial": {"number": 1, "draws": others}}
+    result = {"epoch": 0, "valid/accuracy": 0.5, "config": {"trial": {"number": 0, "draws": mine}}}
+    watch.on_trial_result(1, [ray_trial], ray_trial, result)
+    assert memory.draws == {0: mine}
+    assert memory.trials[0].drawn == settled(SPACE, mine)
 
 
 def test_a_line_that_was_cut_short_is_no_trial(tmp_path: Path) -> None:
@@ -214,6 +250,20 @@ def test_only_the_best_states_are_kept(tmp_path: Path) -> None:
         memory.end(number, "finished", state)
     assert sorted(p.name for p in tmp_path.glob("state*")) == ["state1", "state3", "state4"]
     assert [t.state is not None for t in memory.trials.values()] == [False, True, False, True, True]
+
+
+def test_a_state_that_the_best_trial_left_as_well_is_kept(tmp_path: Path) -> None:
+    """In population-based training one trial may end with another's last state."""
+    draws = drawn_at_once(SPACE, "random", 5, seed=7)
+    memory = Memory(search_in(tmp_path))
+    for number, score in enumerate((0.9, 0.8, 0.7, 0.1)):
+        state = tmp_path / f"state{number % 3}"
+        state.mkdir(exist_ok=True)
+        memory.begin(number, draws[number])
+        memory.epoch(number, draws[number], {"epoch": 0, "valid/accuracy": score})
+        memory.end(number, "finished", state)
+    assert sorted(p.name for p in tmp_path.glob("state*")) == ["state0", "state1", "state2"]
+    assert [t.state is not None for t in memory.trials.values()] == [True, True, True, False]
 
 
 # --- the result ------------------------------------------------------------------------------------------------------------
@@ -263,6 +313,19 @@ def test_figures(tmp_path: Path) -> None:
 def test_a_trial_without_weights_has_no_learner() -> None:
     with pytest.raises(ValueError, match="trial 0000, which finished, has left no weights"):
         swept().best_learner()
+
+
+# --- Ray -------------------------------------------------------------------------------------------------------------------
+
+
+def test_settings_hold_where_a_script_has_started_ray_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else Tune takes Ctrl-C for itself, and the sweep looks like one that ended."""
+    monkeypatch.setattr("cluster.runtime._start", None)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    start_ray()
+    assert {name: os.environ.get(name) for name in SETTINGS} == SETTINGS
 
 
 # --- data ------------------------------------------------------------------------------------------------------------------
