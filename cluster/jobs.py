@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from blocks.errors import UserError
@@ -18,6 +19,7 @@ from cluster.places import has_secret, is_local, places, sqlite_file
 # Ray's loggers that tell of each upload and each large file.
 TALKATIVE = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
 TOKEN_FILE = Path("~/.ray/auth_token")
+AGENT_SECONDS = 60.0
 
 
 class JobError(UserError):
@@ -44,7 +46,8 @@ def submit_job(words: Sequence[str], address: str, say: Callable[[str], None] = 
         client = JobSubmissionClient(address)
         for name in TALKATIVE:
             logging.getLogger(name).setLevel(logging.ERROR)
-        job = client.submit_job(
+        job = _submitted(
+            client,
             entrypoint=_entrypoint(words, address),
             runtime_env={"working_dir": str(Path.cwd()), "excludes": _own_traces(), "env_vars": environment},
         )
@@ -73,6 +76,18 @@ def submit_job(words: Sequence[str], address: str, say: Callable[[str], None] = 
     if info.status == JobStatus.SUCCEEDED:
         return 0
     return info.driver_exit_code or 1
+
+
+def _submitted(client: Any, **job: Any) -> str:
+    # A cluster that has just begun answers before its nodes' agents do.
+    until = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > until:
+                raise
+        time.sleep(1)
 
 
 def _entrypoint(words: Sequence[str], address: str) -> str:

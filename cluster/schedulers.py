@@ -217,6 +217,7 @@ def tune_scheduler(scheduler: str, spaces: Mapping[str, Any], epochs: int) -> An
                 hyperparam_mutations={"trial": {"draws": mutations(spaces)}},
                 custom_explore_fn=partial(_within_ranges, spaces),
                 log_config=False,
+                synch=True,  # else a population whose processes start one after the other never meets
             )
     raise AssertionError(scheduler)
 
