@@ -161,7 +161,14 @@ def cluster(tmp_path: Path) -> Iterator[str]:
     port, folder = free_port(), Path("/tmp", f"fastray-test-{os.getpid()}")  # short: sockets lie below it
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2"]
     head = subprocess.Popen(
-        [*command, f"--port={free_port()}", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}", f"--temp-dir={folder}"],
+        [
+            *command,
+            f"--port={free_port()}",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={port}",
+            f"--dashboard-agent-listen-port={free_port()}",  # another Ray of this machine may have the usual one
+            f"--temp-dir={folder}",
+        ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
