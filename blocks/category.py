@@ -7,7 +7,7 @@ distinct values, so that Python sees each label once, not each row.
 import difflib
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -52,11 +52,11 @@ class CategoryCounts:
         self.first_row[label] = row_id if known is None else min(known, row_id)
 
     def observe(self, value: Any, row_id: RowId) -> None:
-        if not _missing(value):
+        if not is_missing(value):
             self._add(str(value), 1, row_id)
 
     def observe_column(self, values: pa.Array, row_ids: pa.Array) -> None:
-        codes, labels = _coded(values)
+        codes, labels = coded(values)
         # By code, because Arrow groups numbers faster than texts; one thread, because the machine's are the tasks' own.
         rows = pa.table({"code": codes, "id": row_ids})
         groups = rows.group_by("code", use_threads=False).aggregate([("id", "count"), ("id", "min")])
@@ -82,7 +82,7 @@ class MultiCategoryCounts(CategoryCounts):
     """`CategoryCounts` of rows with any number of labels each; a label counts once a row."""
 
     def observe(self, value: Any, row_id: RowId) -> None:
-        if not _missing(value):
+        if not is_missing(value):
             for label in set(_labels(value)):
                 if label is not None:
                     self._add(label, 1, row_id)
@@ -95,8 +95,8 @@ class MultiCategoryCounts(CategoryCounts):
         super().observe_column(once["label"].combine_chunks(), row_ids.take(once["row"].combine_chunks()))
 
 
-def _missing(value: Any) -> bool:
-    # NaN, pandas' NA and NaT by name: this file has no other use for pandas.
+def is_missing(value: Any) -> bool:
+    """Whether a cell holds nothing: None, NaN, pandas' NA and NaT (by name: this file has no other use for pandas)."""
     return value is None or (isinstance(value, float) and value != value) or type(value).__name__ in ("NAType", "NaTType")
 
 
@@ -106,7 +106,7 @@ def _labels(value: Any) -> list[str | None]:
             f"{value!r:.200} ({type(value).__name__}) is not a list of labels; ColReader(column, label_delim=' ') makes one "
             "of a text"
         )
-    return [None if _missing(label) else str(label) for label in value]
+    return [None if is_missing(label) else str(label) for label in value]
 
 
 def _of_lists(values: pa.Array) -> bool:
@@ -118,11 +118,11 @@ def _of_lists(values: pa.Array) -> bool:
     return False
 
 
-def _coded(values: pa.Array) -> tuple[np.ndarray, list[str | None]]:
-    # A code a row, and the label of each code; code 0 is that of a null.
-    coded = values if pa.types.is_dictionary(values.type) else pc.dictionary_encode(values)
-    labels = [None if _missing(v) else str(v) for v in coded.dictionary.to_pylist()]
-    return coded.indices.fill_null(-1).to_numpy(zero_copy_only=False) + 1, [None, *labels]
+def coded(values: pa.Array, text: Callable[[Any], str] = str) -> tuple[np.ndarray, list[str | None]]:
+    """A code a row, int64 (rows,), and the label of each code by `text`; code 0 is that of a null, missing ones are None."""
+    found = values if pa.types.is_dictionary(values.type) else pc.dictionary_encode(values)
+    labels = [None if is_missing(v) else text(v) for v in found.dictionary.to_pylist()]
+    return found.indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False) + 1, [None, *labels]
 
 
 # --- the vocabulary ----------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ class _Vocabulary:
 
     def indices_of(self, values: pa.Array) -> np.ndarray:
         """`index_of` of each value of a column, int64 (rows,)."""
-        codes, labels = _coded(values)
+        codes, labels = coded(values)
         by_code = np.zeros(len(labels), np.int64)
         for code in np.flatnonzero(np.bincount(codes)):
             by_code[code] = self.index_of(labels[code])
@@ -223,7 +223,7 @@ class Categorize(_Vocabulary, Transform):
         return moved
 
     def encodes(self, x: object) -> TensorCategory:
-        index = self.index_of(None if _missing(x) else str(x))
+        index = self.index_of(None if is_missing(x) else str(x))
         return torch.tensor(index).as_subclass(TensorCategory)
 
     def encodes_column(self, values: pa.Array) -> np.ndarray:
@@ -257,7 +257,7 @@ class LabelLists(_Vocabulary, ItemTransform, registered=False):
 
     def indices_in(self, labels: Any) -> list[int]:
         """The position of each label of a row's list. DataError when it is no list, or one is not in the vocabulary."""
-        if _missing(labels):
+        if is_missing(labels):
             raise DataError("a row has no list of labels; an empty list says that no class applies")
         return [self.index_of(label) for label in _labels(labels)]
 

