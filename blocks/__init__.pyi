@@ -115,6 +115,12 @@ from .tensors import TensorPoint as TensorPoint
 from .tensors import TensorSeries as TensorSeries
 from .tensors import TensorTabular as TensorTabular
 from .tensors import TensorText as TensorText
+from .text import EncodeWords as EncodeWords
+from .text import TextBlock as TextBlock
+from .text import WidenTokens as WidenTokens
+from .text import read_text as read_text
+from .text import text_tfm as text_tfm
+from .text import text_vocab as text_vocab
 from .transform import ItemTransform as ItemTransform
 from .transform import Pipeline as Pipeline
 from .transform import RandTransform as RandTransform

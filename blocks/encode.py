@@ -13,8 +13,9 @@ from blocks.errors import DataError, UnreadableRow
 from blocks.files import read_bytes
 from blocks.plan import Column, Encode
 from blocks.rows import Rows
-from blocks.shards import fixed_column, typed_column
+from blocks.shards import fixed_column, ragged_column, typed_column
 from blocks.splits import VALID
+from blocks.tensors import as_plain
 from blocks.transform import ColumnTransform, Transform, dispatch
 
 # --- one sample --------------------------------------------------------------------------------------------------------
@@ -108,7 +109,7 @@ def encode_rows(encode: Encode, rows: Rows, parts: np.ndarray) -> tuple[pa.Table
     typed = []
     for column in encode.columns:
         if column.name in whole:
-            typed += [fixed_column(name, array[good], kind) for name, array, kind in whole[column.name]]
+            typed += [(field, array.filter(pa.array(good))) for field, array in whole[column.name]]
         else:
             typed += [c for name, c in by_item.items() if name.partition(".")[0] == column.name]
     fields = [pa.field("id", rows.ids.type), pa.field("part", pa.uint8()), *(f for f, _ in typed)]
@@ -116,8 +117,8 @@ def encode_rows(encode: Encode, rows: Rows, parts: np.ndarray) -> tuple[pa.Table
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields)), bad
 
 
-def _whole_columns(encode: Encode, rows: Rows) -> dict[str, list[tuple[str, np.ndarray, type[torch.Tensor]]]]:
-    # By column the stored columns it becomes: name, values, type of tensor.
+def _whole_columns(encode: Encode, rows: Rows) -> dict[str, list[tuple[pa.Field, pa.Array]]]:
+    # By column the stored columns it becomes.
     found = {}
     for column in encode.columns:
         with naming(rows.ids[0].as_py(), column.name):
@@ -127,16 +128,22 @@ def _whole_columns(encode: Encode, rows: Rows) -> dict[str, list[tuple[str, np.n
                 continue  # item by item, since that names the row
             if values is None:
                 continue
-            first = column.type_tfms(column.getter(next(iter(rows.each()))))
-            parts = encode.named(column, first)
-            if any(not isinstance(part, torch.Tensor) or getattr(type(part), "ragged", False) for part in parts.values()):
-                continue
+            first = encode.named(column, column.type_tfms(column.getter(next(iter(rows.each())))))
             arrays = values if isinstance(values, tuple) else (values,)
-            found[column.name] = [
-                (name, np.asarray(array).astype(part.numpy().dtype, copy=False), type(part))
-                for (name, part), array in zip(parts.items(), arrays, strict=True)
-            ]
+            typed = [_typed_whole(name, part, array) for (name, part), array in zip(first.items(), arrays, strict=True)]
+            if all(t is not None for t in typed):
+                found[column.name] = [t for t in typed if t is not None]
     return found
+
+
+def _typed_whole(name: str, first: Any, values: Any) -> tuple[pa.Field, pa.Array] | None:
+    # A stored column of the type that the first row has; None where it is to be made row by row.
+    if not isinstance(first, torch.Tensor):
+        return None
+    dtype = as_plain(first).numpy().dtype
+    if not getattr(type(first), "ragged", False):
+        return fixed_column(name, np.asarray(values).astype(dtype, copy=False), type(first))
+    return ragged_column(name, values, type(first), dtype) if isinstance(values, pa.LargeListArray) else None
 
 
 def _samples(

@@ -85,7 +85,7 @@ def typed_column(name: str, values: Sequence[Any]) -> tuple[pa.Field, pa.Array]:
     offsets = np.cumsum([0, *(a.size for a in arrays)], dtype=np.int64)
     flat = np.concatenate([a.reshape(-1) for a in arrays])
     column = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(_storable(flat)))
-    return _field(name, column.type, kind.__name__, "ragged", flat.dtype.name, tail), column
+    return ragged_column(name, column, kind, flat.dtype, tail)
 
 
 def fixed_column(name: str, array: np.ndarray, kind: type[torch.Tensor]) -> tuple[pa.Field, pa.Array]:
@@ -98,6 +98,13 @@ def fixed_column(name: str, array: np.ndarray, kind: type[torch.Tensor]) -> tupl
         lists = pa.FixedSizeListArray.from_arrays(column, type=tensors.storage_type)
         column = pa.ExtensionArray.from_storage(tensors, lists)
     return _field(name, column.type, kind.__name__, "fixed", array.dtype.name), column
+
+
+def ragged_column(
+    name: str, lists: pa.LargeListArray, kind: type[torch.Tensor], dtype: np.dtype, tail: tuple[int, ...] = ()
+) -> tuple[pa.Field, pa.Array]:
+    """Lists of the flat numbers of rows (n, *tail) as a ragged Arrow column of the semantic type `kind`."""
+    return _field(name, lists.type, kind.__name__, "ragged", dtype.name, tail), lists
 
 
 def _field(

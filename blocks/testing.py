@@ -150,7 +150,7 @@ def check_column(case: Case) -> None:
     for some in (values, values[1:], values[:0]):
         column = encode.encodes_column(some)
         parts = column if isinstance(column, tuple) else (column,)
-        lists = [list(part) if isinstance(part, np.ndarray) else part.to_pylist() for part in parts]
+        lists = [_rows_in(part) for part in parts]
         _require(all(len(rows) == len(some) for rows in lists), f"{case.transform}: other rows than {len(some)} values")
         for i, value in enumerate(some.to_pylist()):
             single = case.transform(value)
@@ -159,6 +159,12 @@ def check_column(case: Case) -> None:
                 wanted = one.numpy() if isinstance(one, torch.Tensor) else one
                 same = np.array_equal(rows[i], wanted) and np.asarray(rows[i]).dtype == np.asarray(wanted).dtype
                 _require(same, f"{case.transform}: {value!r:.100} is {rows[i]!r} in a column, {wanted!r} alone")
+
+
+def _rows_in(part: Any) -> list[Any]:
+    if isinstance(part, np.ndarray):
+        return list(part)
+    return [row.values.to_numpy() for row in part] if isinstance(part, pa.LargeListArray) else part.to_pylist()
 
 
 def check_block(block: TransformBlock, items: Sequence[Any], item_tfms: Any = ()) -> None:

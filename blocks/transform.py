@@ -54,7 +54,8 @@ class ColumnSummary(Protocol):
 class ColumnTransform(Protocol):
     """The vectorised face of a Transform: the same as `encodes` of each value, for a whole Arrow column.
 
-    Gives an array with a row for each value, or a tuple of them; `blocks.testing` holds the two faces equal.
+    Gives an array with a row for each value (of ragged ones a LargeListArray), or a tuple of them; `blocks.testing` holds the
+    two faces equal.
     """
 
     def encodes_column(self, values: "pa.Array") -> "pa.Array | np.ndarray | tuple[np.ndarray, ...]": ...

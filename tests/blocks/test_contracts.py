@@ -21,6 +21,7 @@ from blocks import (
     Dihedral,
     DihedralItem,
     EncodedMultiCategorize,
+    EncodeWords,
     Flip,
     FlipItem,
     Hue,
@@ -57,10 +58,13 @@ from blocks import (
     TensorNumber,
     TensorPoint,
     TensorSeries,
+    TensorText,
+    TextBlock,
     ToTensor,
     Transform,
     TransformBlock,
     Warp,
+    WidenTokens,
     Zoom,
 )
 from blocks.affine import AffineCoordTfm
@@ -82,7 +86,9 @@ from blocks.testing import (
     check_summary,
     check_transform,
 )
+from blocks.text import TokenCounts
 from blocks.transform import _REGISTRY, transform_from_plain
+from blocks.words import SPECIAL_TOKENS
 
 TABLE = EncodeTable(
     ("c",),
@@ -113,6 +119,8 @@ BATCH = [
     for f, n, q in zip(FLOATS, NOISE, POINTS, strict=True)
 ]
 CODES = [torch.tensor([0, 2]).as_subclass(TensorCategory), torch.tensor([1]).as_subclass(TensorCategory)]
+VOCAB = (*SPECIAL_TOKENS, "the", "food", "was", "great", ".", "3")
+TEXTS = ["The food was GREAT.", "food food food", "", "great... the the"]
 ROUNDED = 1e-5  # sums of float32 in another order
 
 CASES = [
@@ -130,6 +138,9 @@ CASES = [
     Case(StandardizeSeries(), SERIES),
     Case(LogNumber(), NUMBERS, inverse=1e-6),
     Case(QuantileNumber(2, (0.0, 1.0, 4.0)), NUMBERS, inverse=1e-6),
+    Case(EncodeWords(VOCAB), TEXTS, column=True),
+    Case(EncodeWords(VOCAB, backwards=True), TEXTS[:3], inverse=0, column=True),
+    Case(WidenTokens(), [torch.arange(3, dtype=torch.int32).as_subclass(TensorText)]),
     Case(OpenImage(), list(NOISE)),
     Case(OpenImage(mode="L"), list(NOISE)),
     Case(OpenMask(("sky", "tree", "car")), [n[..., 0] % 3 for n in NOISE]),
@@ -164,6 +175,7 @@ BLOCKS: dict[str, tuple[TransformBlock, list[Any], Any]] = {
     "multi": (MultiCategoryBlock(vocab=("a", "b")), [["a"], []], ()),
     "encoded": (MultiCategoryBlock(encoded=True, vocab=("a", "b")), [[0, 1]], ()),
     "number": (RegressionBlock(), [1, 2.5], ()),
+    "text": (TextBlock(vocab=VOCAB), TEXTS, ()),
     "numbers": (RegressionBlock(2), [[1, 2.5], [3, 4]], ()),
 }
 
@@ -174,6 +186,7 @@ SUMMARIES: dict[type[Any], st.SearchStrategy[Any]] = {
     MultiCategoryCounts: st.lists(LABELS, max_size=3),
     SeriesMoments: st.lists(st.integers(1, 9), min_size=2, max_size=2).map(lambda v: torch.tensor([v, v[::-1]])),
     Quantiles: st.just(1.0),  # tests/blocks/test_summaries.py has it merge: its values come in any order
+    TokenCounts: st.sampled_from(TEXTS),
     PixelMoments: st.binary(min_size=8, max_size=8).map(lambda b: torch.tensor(list(b), dtype=torch.uint8).view(2, 2, 2)),
 }
 
