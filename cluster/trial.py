@@ -122,8 +122,7 @@ def go_on(learn: Learner, state: Path, recipe: Recipe) -> None:
     wd = learn.wd
     learn.load(state / STATE)
     learn.run_lr = recipe.lr
-    learn.wd = wd
-    learn._set_weight_decay()  # in the optimizer as it is, with its averages
+    learn.set_wd(wd)  # in the optimizer as it is, with its averages
     learn.resume()
 
 

@@ -213,9 +213,8 @@ def _scores(learn: Learner, users: Tensor) -> Tensor:
     # (users, items): of each user with each item, the first of which is "#na#".
     items = torch.arange(len(_items(table_of(learn.dls))))
     pairs = torch.cartesian_prod(users, items)
-    model = learn.model.eval()
-    with torch.no_grad():
-        scores: Tensor = model(pairs.to(learn.device)).cpu().view(len(users), len(items)).clone()
+    preds, _ = learn.get_preds([(pairs,)], act=lambda pred: pred)
+    scores: Tensor = preds.view(len(users), len(items))
     scores[:, 0] = -torch.inf
     return scores
 

@@ -76,6 +76,7 @@ class Recorder(Callback):
         self.unit = "rows"
         self._loss = self._count = torch.zeros((), dtype=torch.float64)
         self._rows = 0
+        self._noted = False  # whether the batch is in already
 
     def before_epoch(self, learn: "Learner") -> None:
         self._began = self._train_began = time.perf_counter()
@@ -92,12 +93,20 @@ class Recorder(Callback):
             metric.reset()
 
     def before_batch(self, learn: "Learner") -> None:
+        self._noted = False
         if isinstance(learn.xb[0], TensorImage):
             self.unit = "images"
 
+    def after_step(self, learn: "Learner") -> None:
+        # Already here: what is raised after the step does not undo it, and a run that goes on begins with the next one.
+        self._note_batch(learn)
+        self._noted = True
+
     def after_batch(self, learn: "Learner") -> None:
-        if not learn.yb or learn.loss is None:
-            return
+        if learn.yb and learn.loss is not None and not self._noted:
+            self._note_batch(learn)
+
+    def _note_batch(self, learn: "Learner") -> None:
         # The sum stays on the device: reading it at each batch would make the host wait for a GPU.
         if learn.rows:
             # Not in place: what a resumed epoch has so far is on the CPU.

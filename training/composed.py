@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training import hypers as hyper_parameters
 from training.steppers import (
     adam_step,
     average_grad,
@@ -213,6 +214,8 @@ class Optimizer(torch.optim.Optimizer):
                     eager(piece, numbers)
             else:
                 eager(flat, numbers)
+
+    get_hyper, set_hyper = hyper_parameters.get_hyper, hyper_parameters.set_hyper
 
     # --- the choice ------------------------------------------------------------------------------------------------------
 
@@ -441,7 +444,9 @@ def _fused_rms_prop(
 ) -> None:
     # Adam that averages no gradients, so that they are their own average, and has made so many steps that nothing is debiased.
     adam = {**h, "mom": 0.0, "step": 1e9}
-    _fused_adam(kernel, params, grads, {"grad_avg": grads, "sqr_avg": states["sqr_avg"]}, adam)
+    # With l2 that average has the decay's gradient in it: it is written to a copy.
+    average = [g.clone() for g in grads] if kernel is torch._fused_adam_ and h["wd"] else grads
+    _fused_adam(kernel, params, grads, {"grad_avg": average, "sqr_avg": states["sqr_avg"]}, adam)
 
 
 def _fused_radam(

@@ -72,7 +72,7 @@ class GANTrainer(Callback):
 
     def before_fit(self, learn: Learner) -> None:
         self._trainable = [p.requires_grad for p in learn.model.parameters()]
-        if learn.epoch == 0:  # not in a fit that goes on after a restart
+        if learn.epoch == learn.start_epoch:  # not in a fit that goes on after a restart
             self.gen_mode = self.gen_first
 
     def before_train(self, learn: Learner) -> None:

@@ -177,7 +177,7 @@ class ActivationStats(HookCallback):
         self.stats: list[list[dict[str, Any]]] = []
 
     def before_fit(self, learn: "Learner") -> None:
-        if learn.epoch == 0:  # not in a fit that goes on after a restart
+        if learn.epoch == learn.start_epoch:  # not in a fit that goes on after a restart
             self.stats = []
 
     def hook(self, module: nn.Module, given: Any, result: Any) -> dict[str, Any]:

@@ -53,6 +53,7 @@ from training.checks import (
 )
 from training.composed import Optimizer
 from training.failure import say_where
+from training.hypers import set_group_hyper
 from training.in_pieces import in_pieces
 from training.losses import loss_for
 from training.metrics import Metric, MetricFunction, as_metric
@@ -63,7 +64,6 @@ from training.optimizer import (
     keep_norms_still,
     one_group,
     parameter_groups,
-    set_group_hyper,
 )
 from training.schedule import MOMS, Moms, Phase, Schedule, flat, flat_cos, sgdr, top_and_spread, total_epochs
 from training.schedule import fine_tune as fine_tune_schedule
@@ -155,12 +155,13 @@ class Learner:
         self.schedule: Schedule = ()
         self.position = Position()
         self.run_lr = lr
-        self.epoch = self.iter = 0
+        self.epoch = self.iter = self.start_epoch = 0
         self.stalled = 0.0  # seconds
         self.epochs_trained = 0  # over all fits: each epoch draws an order of its own
         self.epoch_generators: dict[str, Any] | None = None
         self._to_restore: dict[str, Any] | None = None
         self.training = False
+        self.stepped = False  # with the batch's gradients
         self.split_idx = VALID  # the part whose transforms the batch gets
         for callback in (BatchTransforms(), self.recorder, ScheduledRates(), Progress(), *listed(callbacks)):
             self.add_callback(callback)
@@ -328,13 +329,12 @@ class Learner:
         self.run_lr = as_rate(self.lr if lr is None else lr)
         top_and_spread(self.run_lr)  # says now what is wrong with it
         if wd is not None:
-            self.wd = as_number(wd, "wd")
-            self._set_weight_decay()
+            self.set_wd(wd)
         with self.added_callbacks(callbacks):
             if on is not None:
                 on.run(self, self.schedule, self.run_lr, resume)
                 return
-            self.position, self._to_restore = Position(), None
+            self.position, self._to_restore, self.start_epoch = Position(), None, start_epoch
             while self.position.epochs_before(phases) < start_epoch:
                 self.position = self.position.next_epoch(phases)
             begun = phases[self.position.phase]
@@ -408,10 +408,12 @@ class Learner:
         """The optimizer over the splitter's groups, made when it is first needed."""
         if self._opt is None:
             self._opt = self.opt_func(parameter_groups(self.layer_groups, self.model))
-            self._set_weight_decay()
+            self.set_wd(self.wd)
         return self._opt
 
-    def _set_weight_decay(self) -> None:
+    def set_wd(self, wd: float | None) -> None:
+        """Weight decay from now on, where the parameters have any; None: what the optimizer has."""
+        self.wd = None if wd is None else as_number(wd, "wd")
         if self.wd is not None:
             for group in self.opt.param_groups:
                 if self.wd_bn_bias or group.get("decays", True):
@@ -648,6 +650,7 @@ class Learner:
         self.global_rows = getattr(self.batch, "global_rows", self.rows * distributed.world())
         self.pred = self.loss = self.loss_grad = None
         self.autocast = IN_FLOAT32
+        self.stepped = False
         self.loss_count: Tensor | float = self.rows
         if self._ranks is not None:
             self._ranks.begin_batch(self.training, borrowed=self.rows == 0)
@@ -707,6 +710,7 @@ class Learner:
 
     def _step(self) -> None:
         self.opt.step()
+        self.stepped = True
         self._batch_is_done()
 
     # --- results -------------------------------------------------------------------------------------------------------

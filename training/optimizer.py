@@ -1,14 +1,14 @@
-"""Optimizers under fastai's names, their hyper-parameters, and the groups of parameters they are given."""
+"""Optimizers under fastai's names, and the groups of parameters they are given."""
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from training.composed import Optimizer
+from training.hypers import TORCHS_NAMES, group_hyper, set_group_hyper
 from training.steppers import (
     adam_step,
     average_grad,
@@ -185,7 +185,7 @@ def _adaptive(
     return Optimizer(params, functions, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, dampening=True, **more)
 
 
-# --- hyper-parameters by fastai's names, of any torch optimizer ----------------------------------------------------------
+# --- torch's own under fastai's names ------------------------------------------------------------------------------------
 
 
 def OptimWrapper(params: Iterable[Any], opt: Callable[..., torch.optim.Optimizer], **hypers: Any) -> torch.optim.Optimizer:  # noqa: N802
@@ -198,80 +198,10 @@ def OptimWrapper(params: Iterable[Any], opt: Callable[..., torch.optim.Optimizer
     if "betas" in known and ("mom" in hypers or "sqr_mom" in hypers):
         usual = known["betas"].default
         settings["betas"] = (hypers.pop("mom", usual[0]), hypers.pop("sqr_mom", usual[1]))
-    for ours, theirs in _TORCHS_NAMES.items():
+    for ours, theirs in TORCHS_NAMES.items():
         if ours in hypers and theirs in known:
             settings[theirs] = hypers.pop(ours)
     return opt(params, **settings, **hypers)
-
-
-# SGD and RMSprop; those with `betas` have both moments there.
-_TORCHS_NAMES = {"wd": "weight_decay", "mom": "momentum", "sqr_mom": "alpha"}
-
-
-def get_hyper(optimizer: torch.optim.Optimizer, name: str) -> list[float]:
-    """A hyper-parameter of each parameter group, by fastai's name. ValueError when the optimizer has no such."""
-    return [group_hyper(group, name) for group in optimizer.param_groups]
-
-
-def set_hyper(optimizer: torch.optim.Optimizer, name: str, value: float | Sequence[float] | slice) -> None:
-    """Set a hyper-parameter by fastai's name: one number, one for each group of layers, or spread over these by a slice.
-
-    `slice(a, b)` goes from `a` for the first to `b` for the last in equal ratios; `slice(b)` is `b` for the last and `b / 10`
-    for those before. ValueError when the optimizer has no such hyper-parameter.
-    """
-    number_of = [group.get("layer_group", i) for i, group in enumerate(optimizer.param_groups)]
-    values = _spread(value, max(number_of) + 1)
-    for group, number in zip(optimizer.param_groups, number_of, strict=True):
-        set_group_hyper(group, name, values[number])
-        if name in ("mom", "momentum") and "own_momentum" in group:  # in a run, whose phases set it
-            group["own_momentum"] = values[number]
-
-
-def _spread(value: float | Sequence[float] | slice, n: int) -> list[float]:
-    match value:
-        case slice(start=None):
-            return [value.stop / 10] * (n - 1) + [value.stop]
-        case slice():
-            ratio = value.stop / value.start
-            return [value.start * ratio ** (i / (n - 1)) for i in range(n)] if n > 1 else [value.stop]
-        case int() | float():
-            return [value] * n
-    if len(value) != n:
-        raise ValueError(f"{len(value)} values were given for {n} groups of layers: give one for each, or a slice")
-    return list(value)
-
-
-def group_hyper(group: dict[str, Any], name: str) -> float:
-    """A hyper-parameter of one parameter group, by fastai's name or the optimizer's own. ValueError when it has no such."""
-    key = _key(group, name)
-    return group["betas"][key] if isinstance(key, int) else group[key]
-
-
-def set_group_hyper(group: dict[str, Any], name: str, value: float) -> None:
-    """Set what `group_hyper` gets."""
-    value = value.item() if isinstance(value, np.generic) else value  # a checkpoint holds plain numbers
-    key = _key(group, name)
-    if isinstance(key, int):
-        betas = list(group["betas"])
-        betas[key] = value
-        group["betas"] = tuple(betas)
-    else:
-        group[key] = value
-
-
-def _key(group: dict[str, Any], name: str) -> str | int:
-    """Where a group keeps it: under a key, or at a place of its `betas`."""
-    if name in group:
-        return name
-    if "betas" in group and name in _BETAS:
-        return _BETAS[name]
-    if _TORCHS_NAMES.get(name) in group:
-        return _TORCHS_NAMES[name]
-    has = ", ".join(k for k in group if k != "params")
-    raise ValueError(f"the optimizer has no hyper-parameter {name!r}; it has {has}")
-
-
-_BETAS = {"mom": 0, "momentum": 0, "sqr_mom": 1}
 
 
 # --- groups of parameters ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from training.callback import Callback
-from training.optimizer import group_hyper, set_group_hyper
+from training.hypers import group_hyper, set_group_hyper
 from training.schedule import Curve
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """What a Learner has learned: predictions for many rows or one item, also over augmented rows, and pictures of them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -194,12 +194,22 @@ def tta(
         learn.epochs_trained = epoch
         if drawn is not None:
             batches.set_epoch(drawn)  # type: ignore[attr-defined]
-    augmented = torch.stack(rounds)
     if use_max:
-        return torch.maximum(augmented.amax(0), plain), targets
+        return _each(lambda *outputs: torch.stack(outputs).amax(0), *rounds, plain), targets
+    mean = _each(lambda *outputs: torch.stack(outputs).mean(0), *rounds)
     if beta is None:
-        return (augmented.mean(0), plain), targets
-    return torch.lerp(augmented.mean(0), plain, beta), targets
+        return (mean, plain), targets
+    return _each(lambda augmented, once: torch.lerp(augmented, once, beta), mean, plain), targets
+
+
+def _each(function: Callable[..., Tensor], *outputs: Any) -> Any:
+    # Of models with several outputs, output by output.
+    match outputs[0]:
+        case Tensor():
+            return function(*outputs)
+        case dict() as named:
+            return {name: _each(function, *(o[name] for o in outputs)) for name in named}
+    return tuple(_each(function, *parts) for parts in zip(*outputs, strict=True))
 
 
 def _shuffles() -> ValueError:

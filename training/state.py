@@ -61,7 +61,8 @@ def state_dict(learn: "Learner") -> dict[str, Any]:
         "model": learn.model.state_dict(),
         "optimizer": None if learn._opt is None else learn._opt.state_dict(),
         "trains": [name for name, p in named if p.requires_grad],
-        "gradients": {name: p.grad for name, p in named if p.grad is not None},  # accumulated over batches
+        # Those accumulated over batches, not those of a step that was made.
+        "gradients": {name: p.grad for name, p in named if p.grad is not None and not learn.stepped},
         "schedule": schedule_to_plain(learn.schedule),
         "lr": [lr.start, lr.stop] if isinstance(lr, slice) else lr,
         "position": asdict(learn.position) | {"epoch_of_run": learn.epoch, "epochs_trained": learn.epochs_trained},

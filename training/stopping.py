@@ -50,7 +50,7 @@ class ValueWatcher(Callback):
 
     def before_fit(self, learn: "Learner") -> None:
         self._sign = 1.0 if _higher_is_better(learn, self.monitor, self.higher_is_better) else -1.0
-        if self.reset_on_fit and learn.epoch == 0:  # not in a fit that goes on after a restart
+        if self.reset_on_fit and learn.epoch == learn.start_epoch:  # not in a fit that goes on after a restart
             self.reset()
 
     def reset(self) -> None:

@@ -220,7 +220,10 @@ def test_a_fused_composition_does_what_the_eager_one_does(make: Make) -> None:
 
 
 def test_gradients_are_left_as_they_are() -> None:
-    for kernel, make in itertools.product((FUSED, EAGER), (partial(Adam, decouple_wd=False), partial(RMSProp, wd=0.5))):
+    for kernel, make in itertools.product(
+        (FUSED, EAGER),
+        (partial(Adam, decouple_wd=False), partial(RMSProp, wd=0.5), partial(RMSProp, wd=0.5, decouple_wd=False)),
+    ):
         p = nn.Parameter(torch.randn(5))
         p.grad = torch.randn(5)
         before = p.grad.clone()

@@ -4,19 +4,19 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from training import SGD, Adam, Callback, Learner, body_and_head, one_cycle
+from training.hypers import get_hyper, set_hyper
 from training.optimizer import (
     OptimizerFunction,
     OptimWrapper,
     freeze_to,
-    get_hyper,
     one_group,
     parameter_groups,
-    set_hyper,
     set_rates,
 )
 
@@ -198,6 +198,9 @@ def test_torchs_optimizers_by_fastais_names() -> None:
         (slice(1e-4, 1e-2), [1e-4, 1e-3, 1e-2]),
         (slice(1e-2), [1e-3, 1e-3, 1e-2]),
         ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]),
+        (np.float32(0.5), [0.5, 0.5, 0.5]),
+        (torch.tensor(0.5), [0.5, 0.5, 0.5]),
+        (np.array([1.0, 2.0, 3.0]), [1.0, 2.0, 3.0]),
     ],
 )
 def test_a_hyper_parameter_is_set_for_each_group_of_layers(value: Any, expected: list[float]) -> None:
@@ -207,8 +210,16 @@ def test_a_hyper_parameter_is_set_for_each_group_of_layers(value: Any, expected:
         for name in ("lr", "mom"):
             set_hyper(optimizer, name, value)
             assert get_hyper(optimizer, name) == pytest.approx([v for v in expected for _ in range(2)])
+            assert {type(v) for v in get_hyper(optimizer, name)} == {float}  # what a checkpoint may hold
     with pytest.raises(ValueError, match="2 values were given for 3 groups of layers"):
         set_hyper(optimizer, "lr", [1.0, 2.0])
+
+
+def test_a_composed_optimizer_has_fastais_method() -> None:
+    m = model()
+    opt = Adam(parameter_groups(by_child(m), m))
+    opt.set_hyper("wd", slice(1e-4, 1e-2))
+    assert opt.get_hyper("wd") == pytest.approx([1e-4, 1e-4, 1e-3, 1e-3, 1e-2, 1e-2][: len(opt.param_groups)])
 
 
 def test_adam_takes_part_of_its_numbers_ahead() -> None:

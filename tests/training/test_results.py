@@ -163,6 +163,20 @@ def test_tta_averages_rounds_of_other_draws() -> None:
     assert not learn.get_preds()[0].any()
 
 
+def test_tta_of_several_outputs() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return x, {"double": 2 * x}
+
+    learn = noisy()
+    one, _ = learn.tta(n=2)
+    learn.model, learn.loss_func = Two(), lambda pred, y: pred[0].sum() * 0
+    (plain, named), _ = learn.tta(n=2)
+    torch.testing.assert_close((plain, named["double"]), (one, 2 * one))
+    (largest, _), _ = learn.tta(n=2, use_max=True)
+    assert (largest > plain).all()
+
+
 def test_tta_of_rows_in_another_order_each_round_is_refused() -> None:
     """Once the mean was over other rows."""
     learn, (x, y) = learner(), (torch.cat(parts) for parts in zip(*batches((4, 4, 3)), strict=True))

@@ -98,6 +98,9 @@ class SaveAndStop(Callback):
                 raise CancelFitException
             self.left -= 1
 
+    def after_step(self, learn: Learner) -> None:
+        self.at("after_step", learn)
+
     def after_batch(self, learn: Learner) -> None:
         self.at("after_batch", learn)
 
@@ -111,7 +114,7 @@ class SaveAndStop(Callback):
         self.at("after_epoch", learn)
 
 
-EVERYWHERE = [("after_batch", k) for k in range(9)] + [
+EVERYWHERE = [("after_step", 0), ("after_step", 4), *(("after_batch", k) for k in range(9))] + [
     (event, k) for event in ("after_train", "after_validate", "after_epoch") for k in range(3)
 ]
 
@@ -299,7 +302,7 @@ def test_a_loss_with_a_state_of_tensors_is_trained_where_the_model_is() -> None:
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-@pytest.mark.parametrize("event", ["before_batch", "after_batch", "after_epoch", "before_fit"])
+@pytest.mark.parametrize("event", ["before_batch", "after_step", "after_batch", "after_epoch", "before_fit"])
 def test_a_run_that_failed_goes_on_with_its_whole_record(event: str, error: type[BaseException]) -> None:
     """Once: the epoch's loss was that of the batches after the error alone."""
     failed: list[bool] = []

@@ -197,6 +197,15 @@ def test_a_fit_starts_afresh_unless_told_otherwise() -> None:
         assert len(learn.recorder.history) == 2 + epochs - (not reset)
 
 
+def test_a_fit_that_begins_later_starts_afresh_as_well() -> None:
+    """Once `start_epoch` was taken for a run that goes on: the best value of the fit before ended it at once."""
+    learn = tiny_learner(Dictated("valid/loss", [1.0, 3.0, 2.0, 1.5]), EarlyStopping(), best := SaveBest())
+    learn.fit(1)
+    learn.fit(4, start_epoch=1)
+    assert [values["epoch"] for values in learn.recorder.history] == [0, 1, 2, 3]
+    assert best.best == 1.5
+
+
 def test_the_rate_is_lowered_on_a_plateau() -> None:
     seen: list[float] = []
 
