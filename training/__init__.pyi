@@ -1,3 +1,10 @@
+from .awd_lstm import AWD_LSTM as AWD_LSTM
+from .awd_lstm import EmbeddingDropout as EmbeddingDropout
+from .awd_lstm import WeightDropout as WeightDropout
+from .awd_lstm import awd_lstm_clas_split as awd_lstm_clas_split
+from .awd_lstm import awd_lstm_classifier as awd_lstm_classifier
+from .awd_lstm import awd_lstm_lm as awd_lstm_lm
+from .awd_lstm import awd_lstm_lm_split as awd_lstm_lm_split
 from .callback import EVENTS as EVENTS
 from .callback import Callback as Callback
 from .callback import CancelBackwardException as CancelBackwardException
@@ -224,6 +231,12 @@ from .tabular import TabularResNet as TabularResNet
 from .tabular import emb_sz_rule as emb_sz_rule
 from .tabular import tabular_model as tabular_model
 from .tabular import tabular_resnet as tabular_resnet
+from .text import LanguageModel as LanguageModel
+from .text import PoolingHead as PoolingHead
+from .text import RecurrentClassifier as RecurrentClassifier
+from .text import RNNDropout as RNNDropout
+from .text import concat_pool as concat_pool
+from .text import token_accuracy as token_accuracy
 from .transfer import create_body as create_body
 from .transfer import create_head as create_head
 from .transfer import cut_model as cut_model

@@ -31,6 +31,7 @@ from blocks.transform import Pipeline
 from training.losses import BaseLoss, loss_from_plain, loss_to_plain
 from training.models import ModelSpec
 from training.results import as_label
+from training.rnn import prediction_of
 
 if TYPE_CHECKING:
     from training.learner import Learner
@@ -167,8 +168,10 @@ class Predictor:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         columns = tuple(column.to(device) for column in collate(self.encode.layout, samples, self.pad))
         batch = self.batch_tfms(columns, split_idx=VALID)
+        if callable(reset := getattr(self.model, "reset", None)):
+            reset()  # items are no stream
         with torch.no_grad():
-            return self.loss.activation(self.model(*map(as_plain, batch))).cpu()
+            return self.loss.activation(prediction_of(self.model(*map(as_plain, batch)))).cpu()
 
     def probabilities(self, items: Sequence[Any]) -> Tensor:
         """Class probabilities (items, classes); `activations` of a classifier."""

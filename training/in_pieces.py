@@ -26,7 +26,7 @@ def in_pieces(predict: Callable[..., Any], model: nn.Module, inputs: Sequence[An
     rows = len(inputs[0])
     if rows <= most:
         return predict(*inputs)
-    if getattr(model, "hidden", None) is not None or not all(isinstance(x, Tensor) and len(x) == rows for x in inputs):
+    if hasattr(model, "hidden") or not all(isinstance(x, Tensor) and len(x) == rows for x in inputs):
         raise UserError(
             f"max_rows={most} cuts batches by rows: the inputs are tensors with the same rows, and the model carries no hidden "
             "state from batch to batch. Give a smaller batch_size instead"

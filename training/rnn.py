@@ -1,7 +1,7 @@
 """Callbacks for recurrent models, whose forward pass gives more than the prediction and whose state lives on between batches.
 
-A recurrent model returns (prediction, raw outputs, outputs after dropout), the outputs (rows, steps, features), and has
-`reset()`, and what lives on in its attribute `hidden`.
+A recurrent model returns (prediction, raw outputs, outputs after dropout), the outputs (rows, steps, features), and where texts
+are padded a mask of them, bool (rows, steps). One whose state lives on has `reset()`, and the state as its attribute `hidden`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -67,22 +67,33 @@ class RNNRegularizer(Callback):
         self.alpha, self.beta = alpha, beta
 
     def after_pred(self, learn: "Learner") -> None:
-        learn.pred, self._raw, self._dropped = learn.pred
+        learn.pred, self._raw, self._dropped, *mask = learn.pred
+        self._mask = mask[0] if mask else None
 
     def after_loss(self, learn: "Learner") -> None:
         if not learn.training:
             return
         if self.alpha:
-            learn.loss_grad = learn.loss_grad + self.alpha * _mean_square(self._dropped)
+            learn.loss_grad = learn.loss_grad + self.alpha * _mean_square(self._dropped, self._mask)
         if self.beta and self._raw.shape[1] > 1:
-            learn.loss_grad = learn.loss_grad + self.beta * _mean_square(self._raw[:, 1:] - self._raw[:, :-1])
+            both = None if self._mask is None else self._mask[:, 1:] & self._mask[:, :-1]
+            learn.loss_grad = learn.loss_grad + self.beta * _mean_square(self._raw[:, 1:] - self._raw[:, :-1], both)
 
     def after_batch(self, learn: "Learner") -> None:
-        self._raw = self._dropped = None  # they hold the graph
+        self._raw = self._dropped = self._mask = None  # they hold the graph
+
+
+def prediction_of(output: Any) -> Any:
+    """The prediction of what a model gives: the first of a recurrent model's outputs, else all of it."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 RNNCallback = RNNRegularizer  # fastai's name of it without penalties
 
 
-def _mean_square(x: Tensor) -> Tensor:
-    return x.float().square().mean()
+def _mean_square(x: Tensor, mask: Tensor | None) -> Tensor:
+    squares = x.float().square()
+    if mask is None:
+        return squares.mean()
+    # A mean of rows' means, so that neither padding nor how rows are shared among workers changes it.
+    return ((squares.mean(2) * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
