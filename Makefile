@@ -28,7 +28,7 @@ format: $(STAMP)
 # Installs once; again only when pyproject.toml or the pinned versions change.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev,examples]"
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev,examples,text]"
 	touch $(STAMP)
 
 # Renews the pins: the newest versions that pyproject.toml allows, from an environment made for it.

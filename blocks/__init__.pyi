@@ -94,6 +94,7 @@ from .splits import Splitter as Splitter
 from .splits import TimeSplitter as TimeSplitter
 from .splits import TrainTestSplitter as TrainTestSplitter
 from .streams import Streams as Streams
+from .subwords import EncodeSubwords as EncodeSubwords
 from .summaries import Moments as Moments
 from .summaries import Quantiles as Quantiles
 from .tabular import Categorify as Categorify
@@ -115,12 +116,12 @@ from .tensors import TensorPoint as TensorPoint
 from .tensors import TensorSeries as TensorSeries
 from .tensors import TensorTabular as TensorTabular
 from .tensors import TensorText as TensorText
-from .text import EncodeWords as EncodeWords
 from .text import TextBlock as TextBlock
-from .text import WidenTokens as WidenTokens
-from .text import read_text as read_text
 from .text import text_tfm as text_tfm
 from .text import text_vocab as text_vocab
+from .tokens import EncodeWords as EncodeWords
+from .tokens import WidenTokens as WidenTokens
+from .tokens import read_text as read_text
 from .transform import ItemTransform as ItemTransform
 from .transform import Pipeline as Pipeline
 from .transform import RandTransform as RandTransform

@@ -76,6 +76,7 @@ from blocks.pixels import PixelMoments
 from blocks.points import BBoxCategorize, ClipBoxes, MakeBoxes, MakePoints, PointScaler
 from blocks.prepare import map_here
 from blocks.series import SeriesMoments
+from blocks.subwords import EncodeSubwords, TextSample
 from blocks.summaries import Quantiles
 from blocks.tabular import GAP_VOCAB, EncodeTable, TableSummary
 from blocks.testing import (
@@ -86,7 +87,7 @@ from blocks.testing import (
     check_summary,
     check_transform,
 )
-from blocks.text import TokenCounts
+from blocks.tokens import TokenCounts
 from blocks.transform import _REGISTRY, transform_from_plain
 from blocks.words import SPECIAL_TOKENS
 
@@ -140,6 +141,7 @@ CASES = [
     Case(QuantileNumber(2, (0.0, 1.0, 4.0)), NUMBERS, inverse=1e-6),
     Case(EncodeWords(VOCAB), TEXTS, column=True),
     Case(EncodeWords(VOCAB, backwards=True), TEXTS[:3], inverse=0, column=True),
+    Case(EncodeSubwords(max_vocab=300)),
     Case(WidenTokens(), [torch.arange(3, dtype=torch.int32).as_subclass(TensorText)]),
     Case(OpenImage(), list(NOISE)),
     Case(OpenImage(mode="L"), list(NOISE)),
@@ -187,6 +189,7 @@ SUMMARIES: dict[type[Any], st.SearchStrategy[Any]] = {
     SeriesMoments: st.lists(st.integers(1, 9), min_size=2, max_size=2).map(lambda v: torch.tensor([v, v[::-1]])),
     Quantiles: st.just(1.0),  # tests/blocks/test_summaries.py has it merge: its values come in any order
     TokenCounts: st.sampled_from(TEXTS),
+    TextSample: st.sampled_from(TEXTS),
     PixelMoments: st.binary(min_size=8, max_size=8).map(lambda b: torch.tensor(list(b), dtype=torch.uint8).view(2, 2, 2)),
 }
 

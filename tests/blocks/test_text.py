@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,9 +22,11 @@ from blocks import (
     TensorText,
     TextBlock,
     TransformBlock,
+    UserError,
     get_text_files,
     parent_label,
     read_text,
+    text_tfm,
     text_vocab,
 )
 from blocks.words import CHARACTERS, SPECIAL_TOKENS, count_tokens, detokenize, make_vocab, token_ids, tokenize
@@ -198,6 +201,51 @@ def test_files_and_lists_are_read_as_a_table_is(tmp_path: Path) -> None:
         list(frame.review), batch_size=4, cache="off"
     )
     assert {*text_vocab(listed)} <= {*text_vocab(language(frame))}
+
+
+# --- subwords ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_subwords_are_learned_alike_from_the_same_rows_in_any_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tokenizers")
+    monkeypatch.setattr("blocks.subwords.SAMPLE_CHARACTERS", 800)  # of about 2,000
+    learned = []
+    for pieces in (1, 3):
+        monkeypatch.setattr("blocks.fit.PIECES_AT_LEAST", pieces)
+        monkeypatch.setattr("blocks.fit.FEWEST_ROWS", 1)
+        learned.append(text_tfm(classified(reviews(), TextBlock(tokenizer=kind, max_vocab=300))))
+    assert learned[0] == learned[1]
+    tfm = learned[0]
+    assert tfm.vocab[: len(SPECIAL_TOKENS)] == SPECIAL_TOKENS
+    assert len(tfm.vocab) <= 300
+    assert tfm.pad_id == 1
+    ids = tfm("the food was good")
+    assert ids[0] == 2
+    assert tfm.decode(ids) == "the food was good"
+    assert tfm.encodes_column(pa.array(["bad", ""]))[0].as_py() == tfm("bad").tolist()
+
+
+def test_a_tokenizers_file_serves_with_its_own_padding(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.models.WordLevel({"[PAD]": 0, "[UNK]": 1, "the": 2, "food": 3}, unk_token="[UNK]")
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.enable_padding(length=50)
+    made.save(str(tmp_path / "tokenizer.json"))
+    dls = classified(reviews(), TextBlock(tokenizer=tmp_path / "tokenizer.json"))
+    assert text_vocab(dls) == ("[PAD]", "[UNK]", "the", "food")
+    assert text_tfm(dls).pad_id == 0
+    shapes = {batch[0].shape[1] for batch in dls.train}
+    assert max(shapes) < 50
+    assert any(int(batch[0][:, -1].min()) == 0 for batch in dls.train)
+    again = text_tfm(classified(reviews(), TextBlock(tokenizer=text_tfm(dls))))
+    assert again == text_tfm(dls)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        TextBlock(tokenizer=tmp_path / "other.json")
+    with pytest.raises(ValueError, match="words, bpe, unigram"):
+        TextBlock(tokenizer="sentencepiece")
 
 
 # --- what is no good text ----------------------------------------------------------------------------------------------
