@@ -43,6 +43,7 @@ from training import (
     recipe,
     rmse,
 )
+from training.checks import listed
 from training.recipe import SettingError
 
 USERS_AT_ONCE = 16
@@ -108,7 +109,7 @@ def collab_learner(
     else:
         model = embedding_dot_bias(n_factors=n_factors, n_users=users, n_items=items, **of_range)
     if not _has_ratings(dls):
-        settings["callbacks"] = [AgainstOthers(items), *settings.get("callbacks", ())]
+        settings["callbacks"] = [AgainstOthers(items), *listed(settings.get("callbacks", ()))]
         settings.setdefault("loss_func", BCEWithLogitsLossFlat())
     return Learner(dls, model, **settings)
 

@@ -1,6 +1,6 @@
 """Learners of pictures in a line, from random or trained weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from training import (
     unet_model,
     vision_model,
 )
+from training.checks import listed
 from training.distributed import default_device
 from training.learner import target_type
 from training.models import torchvision_names
@@ -62,7 +63,7 @@ def vision_learner(
     y_range: tuple[float, float] | None = None,
     precision: Precision = "auto",
     metrics: Any = None,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Callback | Iterable[Callback] = (),
     **learner: Any,
 ) -> Learner:
     """A Learner of the body of `arch`, a classifier of torchvision or timm by its name there, and a new head.
@@ -111,7 +112,7 @@ def unet_learner(
     y_range: tuple[float, float] | None = None,
     precision: Precision = "auto",
     metrics: Any = None,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Callback | Iterable[Callback] = (),
     **learner: Any,
 ) -> Learner:
     """A Learner of a U-Net (`training.unet`) over the body of `arch`, for masks, or for pictures with a `loss_func` for them.
@@ -142,14 +143,14 @@ def _learner(
     body: nn.Module | None,
     precision: Precision,
     metrics: Any,
-    callbacks: Sequence[Callback],
+    callbacks: Callback | Iterable[Callback],
     settings: dict[str, Any],
 ) -> Learner:
     # body: the trained one, which the model's first child becomes.
     if body is not None:
         next(model.children()).load_state_dict(body.state_dict())
     usual = _USUAL_METRICS.get(target_type(dls))
-    callbacks = [*precision_callbacks(precision, default_device()), *callbacks]
+    callbacks = [*precision_callbacks(precision, default_device()), *listed(callbacks)]
     settings = {
         "splitter": halves_and_head,
         "metrics": (usual() if usual else ()) if metrics is None else metrics,

@@ -45,6 +45,7 @@ from training import (
     resnet1d,
     tcn,
 )
+from training.checks import listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -230,7 +231,7 @@ def forecast_learner(
         model = tcn(channels=channels_of(dls), horizon=windows.horizon, n_quantiles=n_quantiles)
     else:
         raise ValueError(f"arch is 'nlinear' or 'tcn', not {arch!r}")
-    settings["callbacks"] = [AgainstNaive(season), *settings.get("callbacks", ())]
+    settings["callbacks"] = [AgainstNaive(season), *listed(settings.get("callbacks", ()))]
     if quantiles:
         settings.setdefault("loss_func", QuantileLoss(quantiles=tuple(quantiles)))
     else:

@@ -93,6 +93,7 @@ from .losses import QuantileLoss as QuantileLoss
 from .losses import loss_for as loss_for
 from .losses import loss_per_row as loss_per_row
 from .lr_find import FoundRates as FoundRates
+from .lr_find import LRFinder as LRFinder
 from .lr_find import minimum as minimum
 from .lr_find import slide as slide
 from .lr_find import steep as steep

@@ -1,12 +1,37 @@
 """What a person gives a Learner, checked where it comes in: an error says what was given and what to write instead."""
 
+import functools
 import inspect
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
 from training.callback import Callback
+
+# Arguments that fastai has, and what a person who gives one is told.
+_FASTAIS = {
+    "cbs": "callbacks=",
+    "n_epoch": "the first argument, a number of epochs or a schedule",
+    "reset_opt": "a new Learner",
+    "default_cbs": "learn.remove_cbs, of those that every Learner has",
+    "path": "given to what writes: save, load, export, SaveBest, CSVLogger",
+    "model_dir": "part of the path that save and load are given",
+}
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def in_our_words(function: Function) -> Function:
+    """Have `function` say what an argument that only fastai has is called here: TypeError."""
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for name in kwargs:
+            if name in _FASTAIS:
+                raise TypeError(f"{name}= is fastai's; here it is {_FASTAIS[name]}")
+        return function(*args, **kwargs)
+
+    return cast(Function, checked)
 
 
 def check_parts(dls: Any, model: Any, loss_func: Any, opt_func: Any) -> None:

@@ -163,7 +163,7 @@ def _sources() -> dict[CodeType, str]:
         Learner._all_batches.__code__: "data",
         Learner._split.__code__: "data",
         Recorder.before_validate.__code__: "metric",
-        Recorder.after_batch.__code__: "metric",
+        Recorder._note_batch.__code__: "metric",
         values_over_ranks.__code__: "metric",
     }
 

@@ -16,6 +16,7 @@ from blocks.draws import normal, stream_of
 from blocks.tensors import as_plain
 from training import distributed
 from training.callback import Callback
+from training.checks import listed
 from training.layers import ConvLayer, SelfAttention
 from training.learner import Learner
 
@@ -215,7 +216,7 @@ class GANLearner(Learner):
         model = GANModule(generator, critic)
         trainer = GANTrainer(gen_first, switch_eval, clip, noise)
         loss = GANLoss(model, gen_loss_func, crit_loss_func)
-        callbacks = [trainer, FixedGANSwitcher(5, 1) if switcher is None else switcher, *callbacks]
+        callbacks = [trainer, FixedGANSwitcher(5, 1) if switcher is None else switcher, *listed(callbacks)]
         super().__init__(dls, model, loss, callbacks=callbacks, **settings)
         self.noise = noise
 

@@ -49,6 +49,7 @@ from training.checks import (
     check_has_reduction,
     check_loss,
     check_parts,
+    in_our_words,
     listed,
 )
 from training.composed import Optimizer
@@ -114,6 +115,7 @@ class Learner:
     loss_grad: Any
     autocast: contextlib.AbstractContextManager[Any]  # what the model works in
 
+    @in_our_words
     def __init__(
         self,
         dls: "DataLoaders",
@@ -297,6 +299,7 @@ class Learner:
 
     # --- training ------------------------------------------------------------------------------------------------------
 
+    @in_our_words
     def fit(
         self,
         schedule: Schedule | int,
@@ -354,6 +357,7 @@ class Learner:
         with self.added_callbacks(callbacks):
             self._run()
 
+    @in_our_words
     def fit_one_cycle(
         self,
         epochs: int,
@@ -369,6 +373,7 @@ class Learner:
         schedule = one_cycle_schedule(epochs, div=div, div_final=div_final, pct_start=pct_start, moms=moms or self.moms)
         self.fit(schedule, lr_max, **fit)
 
+    @in_our_words
     def fit_flat_cos(
         self, epochs: int, lr: Rate | None = None, *, div_final: float = 1e5, pct_start: float = 0.75, **fit: Any
     ) -> None:

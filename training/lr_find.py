@@ -85,16 +85,31 @@ class FoundRates:
         return figure
 
 
-class _RisingRates(Callback):
-    """Trains each batch at a higher rate, and stops when the last is reached or the loss has grown out of bounds."""
+class LRFinder(Callback):
+    """Trains each batch at a higher rate, and stops when the last is reached or the loss has grown out of bounds; fastai's.
+
+    lrs, losses: the rates and the smoothed losses. What it trained stays: `lr_find` is what undoes it.
+    """
 
     order = 65  # after ScheduledRates
+    needs_inputs = False
 
-    def __init__(self, start_lr: float, end_lr: float, num_it: int, stop_div: bool):
+    def __init__(self, start_lr: float = 1e-7, end_lr: float = 10.0, num_it: int = 100, stop_div: bool = True):
+        if not 0 < start_lr < end_lr or num_it < 20:
+            raise ValueError(
+                f"rates rise from above 0, in 20 batches or more, not from {start_lr!r} to {end_lr!r} in {num_it!r} batches"
+            )
         self.start_lr, self.ratio, self.num_it, self.stop_div = start_lr, end_lr / start_lr, num_it, stop_div
+        self._forget()
+
+    def _forget(self) -> None:
         self.lrs: list[float] = []
         self.losses: list[float] = []
         self.mean = 0.0
+
+    def before_fit(self, learn: "Learner") -> None:
+        if learn.epoch == learn.start_epoch:  # not in a fit that goes on after a restart
+            self._forget()
 
     def before_batch(self, learn: "Learner") -> None:
         self.lr = self.start_lr * self.ratio ** (len(self.lrs) / self.num_it)
@@ -141,11 +156,7 @@ def lr_find(
     `slide`, `steep`, `minimum`. Callbacks that listen to the end of an epoch take no part: they print, save and stop by
     what an epoch brought. on: as for `fit`, with the same suggestions. Smith, arXiv:1506.01186.
     """
-    if not 0 < start_lr < end_lr or num_it < 20:
-        raise ValueError(
-            f"rates rise from above 0, in 20 batches or more, not from {start_lr!r} to {end_lr!r} in {num_it!r} batches"
-        )
-    rising = _RisingRates(start_lr, end_lr, num_it, stop_div)
+    rising = LRFinder(start_lr, end_lr, num_it, stop_div)
     of_epochs = [c for c in learn.callbacks if type(c).after_epoch is not Callback.after_epoch]
     before, to_restore = copy.deepcopy(learn.state_dict()), learn._to_restore
     try:

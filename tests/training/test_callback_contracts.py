@@ -103,6 +103,7 @@ SETTINGS: dict[str, tuple[MakeCallback, MakeLearner]] = {
         "GatherPredictions": lambda: training.GatherPredictions(with_input=True, with_loss=True),
         "GradientAccumulation": lambda: training.GradientAccumulation(8),
         "GradientClip": lambda: training.GradientClip(0.1),
+        "LRFinder": lambda: training.LRFinder(1e-3, 0.1, 20),
         "MCDropout": training.MCDropout,
         "MixUp": training.MixUp,
         "MixedPrecision": training.MixedPrecision,
