@@ -74,10 +74,17 @@ from .resize import RandomCrop as RandomCrop
 from .resize import RandomResizedCrop as RandomResizedCrop
 from .resize import RatioResize as RatioResize
 from .resize import Resize as Resize
+from .series import KnownBlock as KnownBlock
+from .series import MakeKnown as MakeKnown
 from .series import MakeSeries as MakeSeries
 from .series import NormalizeSeries as NormalizeSeries
 from .series import SeriesBlock as SeriesBlock
 from .series import StandardizeSeries as StandardizeSeries
+from .series_augment import Jitter as Jitter
+from .series_augment import Scale as Scale
+from .series_augment import TimeMask as TimeMask
+from .series_augment import TimeWarp as TimeWarp
+from .series_augment import series_tfms as series_tfms
 from .show import plot_top_losses as plot_top_losses
 from .show import show_batch as show_batch
 from .show import show_results as show_results
@@ -107,8 +114,10 @@ from .tensors import TensorBase as TensorBase
 from .tensors import TensorBBox as TensorBBox
 from .tensors import TensorBBoxLabel as TensorBBoxLabel
 from .tensors import TensorCategory as TensorCategory
+from .tensors import TensorForecast as TensorForecast
 from .tensors import TensorImage as TensorImage
 from .tensors import TensorImageBW as TensorImageBW
+from .tensors import TensorKnown as TensorKnown
 from .tensors import TensorMask as TensorMask
 from .tensors import TensorMultiCategory as TensorMultiCategory
 from .tensors import TensorNumber as TensorNumber
@@ -127,6 +136,7 @@ from .transform import Pipeline as Pipeline
 from .transform import RandTransform as RandTransform
 from .transform import Transform as Transform
 from .transform import dispatch as dispatch
+from .ts import get_ts_series as get_ts_series
 from .vision import BBoxBlock as BBoxBlock
 from .vision import BBoxLblBlock as BBoxLblBlock
 from .vision import ImageBlock as ImageBlock

@@ -113,7 +113,7 @@ class DataLoaders:
         targets = self.encode.columns[self.encode.n_inp :]
         samples = getattr(self.valid, "samples", None)
         if not targets and (isinstance(samples, Streams) or (isinstance(samples, Windows) and samples.horizon)):
-            return self.encode.columns[-1]
+            return self.encode.columns[0]
         return targets[0] if len(targets) == 1 else None
 
     def one_batch(self, part: int = VALID) -> Any:
@@ -129,8 +129,9 @@ class DataLoaders:
         if self.encode is None:
             return samples
         encode = self.encode
-        if len(columns) > len(encode.layout):  # the feed cut the targets off the stored column
-            return [tuple(decode_sample(encode, (part,))[0] for part in sample) for sample in samples]
+        if len(columns) > len(encode.layout):  # the feed cut the targets off the first stored column
+            cut = replace(encode, columns=encode.columns[:1], layout=encode.layout[:1])
+            return [(*decode_sample(encode, sample[:-1]), *decode_sample(cut, sample[-1:])) for sample in samples]
         if len(columns) == encode.n_input_columns < len(encode.layout):
             encode = only_inputs(encode)
         return [decode_sample(encode, sample) for sample in samples]

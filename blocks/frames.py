@@ -91,7 +91,8 @@ def cont_cat_split(
 ) -> tuple[list[str], list[str]]:
     """The names of a frame's columns of numbers and those of categories, less the target `dep_var`.
 
-    Numbers are floats, and whole numbers of more than `max_card` different values.
+    Numbers are floats, and whole numbers of more than `max_card` different values. A column that pandas kept a frame's index
+    in, in a Parquet file, is neither.
     """
     import pandas as pd
 
@@ -99,13 +100,18 @@ def cont_cat_split(
     cont_names: list[str] = []
     cat_names: list[str] = []
     for name in map(str, df.columns):
-        if name in targets:
+        if name in targets or is_kept_index(name):
             continue
         kind = df[name].dtype
         whole = pd.api.types.is_integer_dtype(kind)
         number = pd.api.types.is_float_dtype(kind) or (whole and df[name].nunique() > max_card)
         (cont_names if number else cat_names).append(name)
     return cont_names, cat_names
+
+
+def is_kept_index(name: str) -> bool:
+    """Whether pandas gave a column this name to keep a frame's index in a Parquet file."""
+    return name.startswith("__index_level_")
 
 
 def is_number_column(values: Any) -> bool:

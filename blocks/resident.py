@@ -11,6 +11,7 @@ from blocks import order
 from blocks.errors import DataError
 from blocks.gather import Epoch, Shards, Share, Span, gather, shards_of, share_of
 from blocks.splits import TRAIN
+from blocks.tensors import TensorForecast
 
 if TYPE_CHECKING:
     from blocks.feed import Feed
@@ -24,7 +25,7 @@ class Windows:
     data is prepared: a window is copied out of the stored row when a batch is made.
 
     horizon: so many steps more belong to each window, and are its target: a batch has what the window of the first column
-    holds, what follows it, and the other columns.
+    holds, the other columns with all their steps, and what follows the first one's window.
     """
 
     length: int
@@ -112,7 +113,7 @@ class Resident:
 
         def ahead(share: Share) -> list[torch.Tensor]:
             window, *rest = read(share)
-            return [window[:, :-horizon], window[:, -horizon:], *rest]
+            return [window[:, :-horizon], *rest, window[:, -horizon:].as_subclass(TensorForecast)]
 
         return Epoch(share, ahead if horizon else read)
 

@@ -13,7 +13,7 @@ import torch
 from blocks.datablock import TransformBlock
 from blocks.errors import DataError
 from blocks.summaries import Moments
-from blocks.tensors import TensorSeries
+from blocks.tensors import TensorKnown, TensorSeries
 from blocks.transform import ItemTransform, Summary, Transform
 
 Scale = Literal["training", "sample"]
@@ -46,6 +46,18 @@ class MakeSeries(ItemTransform):
         for channel in values.T:
             _fill(channel)
         return torch.from_numpy(values.astype(np.float32)).as_subclass(TensorSeries)
+
+    def decodes(self, x: TensorSeries) -> torch.Tensor:
+        """The series without the padding of its batch."""
+        return x[~x.isnan().all(-1)]
+
+
+@dataclass
+class MakeKnown(MakeSeries):
+    """A series of what is known of the future as well, such as holidays and prices; otherwise as `MakeSeries`."""
+
+    def encodes(self, x: object) -> TensorKnown:
+        return super().encodes(x).as_subclass(TensorKnown)
 
 
 def _fill(channel: np.ndarray) -> None:
@@ -120,8 +132,13 @@ class StandardizeSeries(Transform):
         return (x - mean) / torch.where(std > 0, std, 1.0)
 
 
+def KnownBlock(channels: int | None = None) -> TransformBlock:  # noqa: N802
+    """A block of what is known of each step, (steps, covariates), scaled by the training part: an input beside a series."""
+    return TransformBlock(type_tfms=(MakeKnown(channels), NormalizeSeries()))
+
+
 def SeriesBlock(scale: Scale | None = "training", channels: int | None = None) -> TransformBlock:  # noqa: N802
-    """A block of series, (steps, channels), of one length or of several.
+    """A block of series, (steps, channels), of one length or of several, the shorter ones of a batch padded with NaN.
 
     scale: by each channel's mean and deviation in the "training" part, in the "sample" itself, or not at all. channels: how
     many there must be.

@@ -219,7 +219,7 @@ def _beside(samples: Samples, predictions: Sequence[Any], titles: Sequence[tuple
 def _forecasts(samples: Samples, predictions: Sequence[tuple[Any, ...]]) -> Figure:
     # What was seen, what came, and dashed what was foretold: a value a step and channel, or several of a forecast's quantiles.
     figure, axes = _grid(len(samples))
-    for axis, (seen, came), foretold in zip(axes, samples, predictions, strict=True):
+    for axis, (seen, *_, came), foretold in zip(axes, samples, predictions, strict=True):
         ahead = np.arange(len(seen), len(seen) + len(came))
         axis.plot(np.asarray(seen.cpu()), linewidth=0.8, color="grey")
         axis.plot(ahead, np.asarray(came.cpu()), linewidth=0.8, color="black")

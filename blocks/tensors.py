@@ -4,6 +4,7 @@ Transforms, `show_batch` and `decode` choose what to do by these types; the mode
 (`as_plain`), because dispatch on a subclass costs microseconds for every operation.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Self
 
@@ -132,9 +133,21 @@ class TensorText(TensorBase):
 
 
 class TensorSeries(TensorBase):
-    """Values over time, float32, (..., steps, channels): time first, so that windows and padding lie along it."""
+    """Values over time, float32, (..., steps, channels): time first, so that windows and padding lie along it.
+
+    In a batch, series of several lengths end in NaN, which nothing else is: so a model can tell padding from zeros.
+    """
 
     ragged: ClassVar[bool] = True
+    pad_value: ClassVar[float] = math.nan
+
+
+class TensorForecast(TensorSeries):
+    """What follows a window of a series, (rows, horizon, channels): what a forecast is measured by."""
+
+
+class TensorKnown(TensorSeries):
+    """What is known of the steps of a window and of those that follow it, (..., steps + horizon, covariates)."""
 
 
 class TensorTabular(TensorBase):

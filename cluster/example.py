@@ -127,6 +127,8 @@ def column_type(cell: Any) -> dict[str, Any]:
             return {"type": "boolean"}
         case list():
             return {"type": "array", "items": column_type(cell[0]) if cell else {"type": "string"}}
+        case dict():
+            return {"type": "object", "properties": {k: {"required": True, **column_type(v)} for k, v in cell.items()}}
     return {"type": "double"}
 
 

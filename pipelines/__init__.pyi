@@ -1,3 +1,5 @@
+from .backtest import backtest as backtest
+from .backtest import plot_backtest as plot_backtest
 from .collab import collab_block as collab_block
 from .collab import collab_dataloaders as collab_dataloaders
 from .collab import collab_learner as collab_learner

@@ -11,6 +11,7 @@ RECIPES = {
     **dict.fromkeys(("penguins", "titanic", "credit", "ames", "table"), "pipelines.tabular"),
     **dict.fromkeys(("movies", "ratings"), "pipelines.collab"),
     **dict.fromkeys(("temperature", "cities"), "pipelines.series"),
+    "series": "pipelines.own_series",
 }
 
 

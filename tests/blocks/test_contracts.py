@@ -28,6 +28,7 @@ from blocks import (
     ImageBlock,
     IntToFloatTensor,
     LogNumber,
+    MakeKnown,
     MakeSeries,
     MaskBlock,
     MultiCategorize,
@@ -66,6 +67,7 @@ from blocks import (
     Warp,
     WidenTokens,
     Zoom,
+    series_tfms,
 )
 from blocks.affine import AffineCoordTfm
 from blocks.category import CategoryCounts, MultiCategoryCounts
@@ -134,7 +136,7 @@ CASES = [
     Case(RegressionSetup(), [1.5, 2.0, -3.25], inverse=0, column=True),
     Case(RegressionSetup(2), [[1.5, 2.0], [0.0, 1.0]], inverse=0, column=True),
     Case(TABLE, ROWS, column=True),
-    Case(MakeSeries(), [np.arange(6.0), np.ones((3, 2))]),
+    *(Case(t, [np.arange(6.0), np.ones((3, 2))]) for t in (MakeSeries(), MakeKnown())),
     Case(NormalizeSeries((1.0, 0.0), (2.0, 0.5)), SERIES, inverse=1e-6),
     Case(StandardizeSeries(), SERIES),
     Case(LogNumber(), NUMBERS, inverse=1e-6),
@@ -165,6 +167,7 @@ CASES = [
         Case(t, BATCH, batch=True, tolerance=ROUNDED)
         for t in (Brightness(), Contrast(), Saturation(), Hue(), RandomErasing(p=1))
     ),
+    *(Case(t, SERIES, batch=True, tolerance=ROUNDED) for t in series_tfms()),
     Case(LightingTfm((Brightness(), Contrast(0.1))), BATCH, batch=True, tolerance=ROUNDED),
     Case(InPieces((IntToFloatTensor(), Flip())), BYTES, batch=True, tolerance=ROUNDED),
 ]

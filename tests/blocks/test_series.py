@@ -1,5 +1,6 @@
 """Series: gaps, scales, lengths that differ, and windows with what follows them."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,8 +8,11 @@ import pytest
 import torch
 
 from blocks import CategoryBlock, ColReader, ColSplitter, DataBlock, DataError, SeriesBlock, TensorSeries, Windows
+from blocks.draws import sample_keys
 from blocks.series import MakeSeries, NormalizeSeries, StandardizeSeries
-from blocks.tensors import as_plain
+from blocks.series_augment import Scale, series_tfms
+from blocks.tensors import TensorForecast, TensorKnown, as_plain
+from blocks.transform import RandTransform
 
 
 def test_gaps_lie_on_the_line_between_their_neighbours() -> None:
@@ -85,7 +89,7 @@ def test_series_of_several_lengths_share_a_batch() -> None:
     assert batch[0].shape == (8, max(map(len, wanted)), 2)
     for x, values in zip(as_plain(batch[0]), wanted, strict=True):
         torch.testing.assert_close(x[: len(values)], torch.tensor(values, dtype=torch.float32))
-        assert not x[len(values) :].any()
+        assert x[len(values) :].isnan().all()
 
 
 def test_a_scale_is_named() -> None:
@@ -99,7 +103,7 @@ def test_windows_and_what_follows_them() -> None:
     dls = data.dataloaders(series, cache="off", batch_size=7).new(samples=Windows(5, 2, horizon=3))
     found = []
     for x, y in dls.train:
-        assert (type(x), type(y)) == (TensorSeries, TensorSeries)
+        assert (type(x), type(y)) == (TensorSeries, TensorForecast)
         assert (x.shape[1:], y.shape[1:]) == ((5, 1), (3, 1))
         assert torch.equal(as_plain(y)[:, :, 0], as_plain(x)[:, -1] + torch.tensor([1.0, 2.0, 3.0]))
         found += as_plain(x)[:, 0, 0].tolist()
@@ -109,3 +113,22 @@ def test_windows_and_what_follows_them() -> None:
     assert (len(seen), len(came)) == (5, 3)
     with pytest.raises(ValueError, match="horizon is how many steps"):
         Windows(5, horizon=-1)
+
+
+@pytest.mark.parametrize("tfm", series_tfms(), ids=lambda t: type(t).__name__)
+def test_random_changes_follow_the_sample(tfm: RandTransform) -> None:
+    """The same in any company, padding left alone, and what follows a window changed by Scale alone."""
+    tfm = replace(tfm, p=1.0)  # type: ignore[type-var]
+    x = torch.randn(4, 30, 2).cumsum(1).as_subclass(TensorSeries)
+    x[1, 20:] = torch.nan
+    keys = sample_keys(0, 3, np.arange(4))
+    changed = tfm(x, keys=keys)
+    assert type(changed) is TensorSeries
+    torch.testing.assert_close(as_plain(changed)[1:2, :20], as_plain(tfm(x[1:2, :20], keys=keys[1:2])))
+    assert torch.equal(as_plain(changed).isnan(), as_plain(x).isnan())
+    assert (as_plain(changed)[~as_plain(x).isnan()] != as_plain(x)[~as_plain(x).isnan()]).any()
+    assert torch.equal(as_plain(replace(tfm, p=0.0)(x, keys=keys)).nan_to_num(), as_plain(x).nan_to_num())  # type: ignore[type-var]
+    ahead, known = (torch.ones(4, 3, 2).as_subclass(kind) for kind in (TensorForecast, TensorKnown))
+    of_window = as_plain(tfm(torch.ones(4, 3, 2).as_subclass(TensorSeries), keys=keys))
+    assert torch.equal(as_plain(tfm(ahead, keys=keys)), of_window if isinstance(tfm, Scale) else torch.ones(4, 3, 2))
+    assert torch.equal(as_plain(tfm(known, keys=keys)), torch.ones(4, 3, 2))

@@ -12,6 +12,7 @@ import torch
 from blocks import DataError
 from blocks.tensors import as_plain
 from cluster.train import new_learner
+from pipelines.backtest import backtest, plot_backtest
 from pipelines.recipes import find_recipe
 from pipelines.series import forecast_block, forecast_dataloaders, forecast_learner, series_block, series_learner, series_pieces
 from training import accuracy, load_predictor, one_cycle
@@ -152,6 +153,66 @@ def test_classes_by_their_shape(arch: Any) -> None:
     assert learn.predict(np.sin(np.arange(30) / 3)).decoded == "a"
     with pytest.raises(ValueError, match="inception_time, resnet1d, not 'lstm'"):
         series_learner(learn.dls, "lstm")  # type: ignore[arg-type]
+
+
+def shops(n: int = 200) -> pd.DataFrame:
+    """Sales of two shops, synthetic: noise, ten more on days of a sale, which are known; the large one sells double."""
+    draw = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {"day": np.tile(np.arange(n), 2), "shop": np.repeat(["a", "b"], n), "sale": draw.integers(0, 2, 2 * n)}
+    )
+    frame["size"], frame["metres"] = np.where(frame.shop == "a", "small", "large"), np.where(frame.shop == "a", 50.0, 100.0)
+    frame["sold"] = 10.0 * frame.sale * (1 + (frame.shop == "b")) + draw.normal(0, 0.3, 2 * n)
+    return frame
+
+
+@pytest.mark.parametrize("arch", ["nlinear", "tcn"])
+def test_what_is_known_of_the_future_and_of_the_series_counts(arch: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    beside: dict[str, Any] = {"group": "shop", "known": ["sale"], "cat_names": ["size"], "cont_names": ["metres"]}
+    dls = forecast_dataloaders(shops(), "day", "sold", lookback=8, horizon=4, cache="off", batch_size=32, **beside)
+    learn = forecast_learner(dls, arch)
+    with learn.no_logging():
+        learn.fit_one_cycle(12, 1e-2)
+    last = learn.recorder.history[-1]
+    assert last["valid/mae"] < 0.3 * min(last["valid/mae_naive"], last["valid/mae_linear"])
+    sale = [0, 1, 0, 1, 0, 1, 0, 1, 1, 0, 1, 0]
+    item = (np.multiply(sale[:8], 20), sale, {"size": "large", "metres": 100})
+    said = as_plain(learn.predict(item).decoded)
+    torch.testing.assert_close(said[:, 0], torch.tensor([20.0, 0, 20, 0]), atol=3, rtol=0)
+    (exported,) = load_predictor(learn.export(tmp_path)).predict([item])
+    torch.testing.assert_close(as_plain(exported.label), said, rtol=1e-4, atol=1e-3)
+    assert dls.show_batch() is not None
+    assert learn.show_results() is not None
+
+
+def test_what_changes_within_a_series_is_not_static() -> None:
+    with pytest.raises(DataError, match="'sale' of shop 'a' is not static: it holds"):
+        forecast_dataloaders(shops(), "day", "sold", group="shop", cat_names=["sale"], cache="off")
+
+
+def test_a_backtest_goes_on_from_what_was_known_then() -> None:
+    learners = []
+
+    def learner(dls: Any) -> Any:
+        learners.append(forecast_learner(dls, season=24))
+        return learners[-1]
+
+    def fit(learn: Any) -> None:
+        with learn.no_logging():
+            learn.fit(1)
+
+    folds = backtest(waves(), "when", ["tide", "wind"], learner, fit, folds=3, lookback=24, horizon=6)
+    assert [(round(f.train, 6), round(f.end, 6)) for f in folds] == [(0.7, 0.8), (0.8, 0.9), (0.9, 1)]
+    tides = waves().sort_values("when")[["tide", "wind"]].to_numpy()
+    for fold, first, learn in zip(folds, (280, 320, 360), learners, strict=True):
+        np.testing.assert_allclose(fold.truth, tides[first : first + len(fold.truth)], atol=1e-3)
+        assert fold.forecast.shape == fold.truth.shape == (36, 2)
+        assert learn.dls.train.n == first - 24 - 6 + 1
+        assert fold.scores["mae_naive"] > 0
+    assert len(plot_backtest(folds).axes) == 3
+    with pytest.raises(ValueError, match=r"5 folds of valid_pct=0\.2"):
+        backtest(waves(), "when", "tide", learner, fit, folds=5, valid_pct=0.2)
 
 
 @needs_temperatures

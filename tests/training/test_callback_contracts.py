@@ -89,6 +89,7 @@ SETTINGS: dict[str, tuple[MakeCallback, MakeLearner]] = {
         "AdaptiveGANSwitcher": (lambda: training.AdaptiveGANSwitcher(None, 0.8), gan_learner),
         "FixedGANSwitcher": (lambda: training.FixedGANSwitcher(2, 1), gan_learner),
         "GANTrainer": (lambda: training.GANTrainer(clip=0.5, noise=3), gan_learner),
+        "AgainstLinear": (lambda: training.AgainstLinear(torch.ones(7, 3) / 7), forecasting_learner),
         "AgainstNaive": (training.AgainstNaive, forecasting_learner),
         "AgainstOthers": (lambda: training.AgainstOthers(5), choosing_learner),
         "ActivationStats": lambda: training.ActivationStats(every=2, with_hist=True),

@@ -15,6 +15,20 @@ def test_classifiers_take_any_length(model: torch.nn.Module, steps: int) -> None
     assert model(torch.randn(4, steps, 2)).shape == (4, 3)
 
 
+@pytest.mark.parametrize("model", [InceptionTime(2, 3, width=4, depth=3), ResNet1d(2, 3, (4, 8))])
+def test_a_short_series_is_told_alike_in_any_company(model: torch.nn.Module) -> None:
+    short, padded = torch.randn(2, 9, 2), torch.randn(3, 30, 2)
+    padded[:2, 9:] = torch.nan
+    padded[:2, :9] = short
+    model(padded).sum().backward()  # its statistics are those of the steps that are there
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    alone = type(model)(2, 3, **({"width": 4, "depth": 3} if isinstance(model, InceptionTime) else {"widths": (4, 8)}))
+    alone.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model.train()(padded[:2]), alone.train()(short))
+    torch.testing.assert_close(model.eval()(padded)[:2], alone.eval()(short))
+    torch.testing.assert_close(model.state_dict(), alone.state_dict())
+
+
 @pytest.mark.parametrize("model", [NLinear(12, 4), TCN(2, 4, width=8, depth=3)])
 def test_forecasts_move_with_the_series(model: torch.nn.Module) -> None:
     x = torch.randn(3, 12, 2)
