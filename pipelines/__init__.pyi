@@ -23,6 +23,12 @@ from .tabular import permutation_importance as permutation_importance
 from .tabular import tabular_block as tabular_block
 from .tabular import tabular_dataloaders as tabular_dataloaders
 from .tabular import tabular_learner as tabular_learner
+from .text_learners import LMLearner as LMLearner
+from .text_learners import TextLearner as TextLearner
+from .text_learners import language_model_learner as language_model_learner
+from .text_learners import load_encoder as load_encoder
+from .text_learners import save_encoder as save_encoder
+from .text_learners import text_classifier_learner as text_classifier_learner
 from .vision import digits as digits
 from .vision import digits_folder as digits_folder
 from .vision import fashion as fashion

@@ -149,17 +149,22 @@ def _learner(
     # body: the trained one, which the model's first child becomes.
     if body is not None:
         next(model.children()).load_state_dict(body.state_dict())
-    usual = _USUAL_METRICS.get(target_type(dls))
     callbacks = [*precision_callbacks(precision, default_device()), *listed(callbacks)]
     settings = {
         "splitter": halves_and_head,
-        "metrics": (usual() if usual else ()) if metrics is None else metrics,
+        "metrics": usual_metrics(dls) if metrics is None else metrics,
         "callbacks": callbacks,
     } | settings
     learn = Learner(dls, model, **settings)
     if body is not None:
         learn.freeze()
     return learn
+
+
+def usual_metrics(dls: DataLoaders) -> Any:
+    """The metric that people ask for first where the target is of this type; none where none is usual."""
+    usual = _USUAL_METRICS.get(target_type(dls))
+    return usual() if usual else ()
 
 
 _USUAL_METRICS: dict[type[Tensor], Callable[[], Any]] = {

@@ -51,6 +51,7 @@ from .gan import basic_critic as basic_critic
 from .gan import basic_generator as basic_generator
 from .gan import critic_dataloaders as critic_dataloaders
 from .gan import gan_critic as gan_critic
+from .generate import generate as generate
 from .gradients import BnFreeze as BnFreeze
 from .gradients import GradientAccumulation as GradientAccumulation
 from .gradients import GradientClip as GradientClip
