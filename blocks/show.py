@@ -103,7 +103,7 @@ def as_text(value: Any) -> str:
 
 def show(value: Any) -> Figure:
     """A figure of one decoded value, or of the values of one sample over each other."""
-    figure, (axis,) = _grid(1)
+    figure, (axis,) = grid(1)
     draw_sample(axis, value if type(value) is tuple else (value,))
     return figure
 
@@ -114,7 +114,7 @@ def show(value: Any) -> Figure:
 @dispatch
 def show_batch(x: TensorImage | TensorSeries, y: object, *, samples: Samples) -> Figure:
     """A figure of some decoded samples; pictures with their targets over them or as titles, else a table."""
-    figure, axes = _grid(len(samples))
+    figure, axes = grid(len(samples))
     for axis, sample in zip(axes, samples, strict=True):
         draw_sample(axis, sample)
     return figure
@@ -138,7 +138,7 @@ def show_batch(x: TensorSeries, y: TensorSeries, *, samples: Samples) -> Figure:
 @dispatch
 def show_results(x: TensorImage | TensorSeries, y: object, *, samples: Samples, predictions: Sequence[Any]) -> Figure:
     """A figure of decoded samples and the decoded predictions for them: green where they agree, else red."""
-    figure, axes = _grid(len(samples))
+    figure, axes = grid(len(samples))
     for axis, sample, predicted in zip(axes, samples, predictions, strict=True):
         draw_sample(axis, (*sample, predicted))
         axis.title.set_color("green" if as_text(sample[-1]) == as_text(predicted) else "red")
@@ -176,7 +176,7 @@ def plot_top_losses(
     x: TensorImage | TensorSeries, y: object, *, samples: Samples, predictions: Sequence[Any], losses: Sequence[float]
 ) -> Figure:
     """A figure of the samples with the highest losses: each with its target, the decoded prediction and the loss."""
-    figure, axes = _grid(len(samples))
+    figure, axes = grid(len(samples))
     for axis, sample, predicted, loss in zip(axes, samples, predictions, losses, strict=True):
         draw_sample(axis, (*sample, predicted, f"loss {loss:.3g}"))
     return figure
@@ -207,7 +207,7 @@ def plot_top_losses(  # noqa: F811
 
 def _beside(samples: Samples, predictions: Sequence[Any], titles: Sequence[tuple[str, str]]) -> Figure:
     # Two pictures a sample: with the target over it, and with the prediction.
-    figure, axes = _grid(2 * len(samples), columns=2 * max(1, math.isqrt(len(samples)) // 2 or 1))
+    figure, axes = grid(2 * len(samples), columns=2 * max(1, math.isqrt(len(samples)) // 2 or 1))
     pairs = zip(axes[::2], axes[1::2], samples, predictions, titles, strict=True)
     for left, right, sample, predicted, (of_target, of_prediction) in pairs:
         for axis, values, title in ((left, sample, of_target), (right, (*sample[:-1], predicted), of_prediction)):
@@ -218,7 +218,7 @@ def _beside(samples: Samples, predictions: Sequence[Any], titles: Sequence[tuple
 
 def _forecasts(samples: Samples, predictions: Sequence[tuple[Any, ...]]) -> Figure:
     # What was seen, what came, and dashed what was foretold: a value a step and channel, or several of a forecast's quantiles.
-    figure, axes = _grid(len(samples))
+    figure, axes = grid(len(samples))
     for axis, (seen, *_, came), foretold in zip(axes, samples, predictions, strict=True):
         ahead = np.arange(len(seen), len(seen) + len(came))
         axis.plot(np.asarray(seen.cpu()), linewidth=0.8, color="grey")
@@ -228,7 +228,8 @@ def _forecasts(samples: Samples, predictions: Sequence[tuple[Any, ...]]) -> Figu
     return figure
 
 
-def _grid(n: int, columns: int | None = None) -> tuple[Figure, list[Any]]:
+def grid(n: int, columns: int | None = None) -> tuple[Figure, list[Any]]:
+    """A figure with `n` small axes, as many a row as a column by default, and these axes."""
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     figure = Figure(figsize=(2 * columns, 2.2 * rows), layout="constrained")

@@ -10,12 +10,14 @@ from blocks.errors import UserError
 class Recording:
     """register: the name in MLflow's registry under which the model becomes a version; alias: what that version is called.
 
-    system_metrics: how busy the driver's machine is, too. UserError for an alias without a name.
+    system_metrics: how busy the driver's machine is, too. report: what the model gets wrong, in pictures. UserError for an
+    alias without a name.
     """
 
     register: str = ""
     alias: str = ""
     system_metrics: bool = False
+    report: bool = False
 
     def __post_init__(self) -> None:
         if self.alias and not self.register:

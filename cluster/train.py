@@ -143,10 +143,23 @@ def record_model(spool: Path, run: str, folder: Path, learn: Learner, recording:
 
     learn.show_results().savefig(folder / RESULTS_PICTURE)
     append(spool, "artifact", run, path=RESULTS_PICTURE, folder="pictures")
+    if recording.report:
+        _record_report(spool, run, folder, learn)
     export, example = learn.export(folder / EXPORT), write_example(learn.dls, folder)
     names = {"register": recording.register, "alias": recording.alias}
     append(spool, "model", run, path=EXPORT, example=example.name, **signature(export, example), **names)
     return export
+
+
+def _record_report(spool: Path, run: str, folder: Path, learn: Learner) -> None:
+    from training.report import report_of
+
+    found = report_of(learn)
+    for name, picture in found.pictures.items():
+        picture.savefig(folder / name)
+        append(spool, "artifact", run, path=name, folder="report")
+    for name, text in found.texts.items():
+        append(spool, "text", run, file=f"report/{name}", text=text)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,9 @@ from .images import image_dataloaders as image_dataloaders
 from .learners import image_classifier as image_classifier
 from .learners import unet_learner as unet_learner
 from .learners import vision_learner as vision_learner
+from .picture_sets import digits_folder as digits_folder
+from .picture_sets import fashion_folder as fashion_folder
+from .picture_sets import textures_folder as textures_folder
 from .recipes import find_recipe as find_recipe
 from .recipes import recipe_names as recipe_names
 from .series import forecast_block as forecast_block
@@ -30,9 +33,6 @@ from .text_learners import load_encoder as load_encoder
 from .text_learners import save_encoder as save_encoder
 from .text_learners import text_classifier_learner as text_classifier_learner
 from .vision import digits as digits
-from .vision import digits_folder as digits_folder
 from .vision import fashion as fashion
-from .vision import fashion_folder as fashion_folder
 from .vision import folder as folder
 from .vision import textures as textures
-from .vision import textures_folder as textures_folder

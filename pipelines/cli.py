@@ -18,7 +18,7 @@ from blocks.errors import UserError
 from blocks.house import HOUSE
 
 # The words beside a recipe's settings, by command.
-RECORDING: dict[str, type] = {"register": str, "alias": str, "system_metrics": bool}
+RECORDING: dict[str, type] = {"register": str, "alias": str, "system_metrics": bool, "report": bool}
 RUNNER_WORDS: dict[str, dict[str, type]] = {
     "train": {"workers": int, **RECORDING},
     "sweep": {"trials": int, "scheduler": str, "search": str, "workers": int, **RECORDING},
@@ -52,6 +52,7 @@ def train(name: str, words: Sequence[str], debug: bool) -> None:
     """Train RECIPE. workers=N trains on N Ray Train workers, workers=0 in this process.
 
     register=NAME alias=champion registers the model in MLflow; system_metrics=true records how busy the machine is.
+    report=true records what the model gets wrong: worst rows, confusion, a report a class, where it looks.
     """
     make, settings, runner = _read(name, words, RUNNER_WORDS["train"])
     recipe = make(**settings)

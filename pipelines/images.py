@@ -4,7 +4,8 @@ dls = image_dataloaders("pets")                                            # a f
 dls = image_dataloaders("pets", label=r"([^/]+)_\\d+\\.jpg$")                # a pattern in the path
 dls = image_dataloaders("pets", label=is_cat, size=128)                    # a function of the path
 dls = image_dataloaders("labels.csv", label="tags", label_delim=" ")       # a table: the file in its first column
-dls = image_dataloaders("scans", label=mask_of, y_block=MaskBlock(codes))  # masks, points, boxes: as y_block
+dls = image_dataloaders("scans", label=mask_of, y_block=MaskBlock(codes))  # masks, points: as y_block
+dls = image_dataloaders("boxes.parquet", label=("boxes", "labels"), y_block=(BBoxBlock(), BBoxLblBlock()))
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +46,7 @@ def image_block(
     valid_pct: float = 0.2,
     split_seed: int = 42,
     size: int | tuple[int, int] = 224,
-    y_block: TransformBlock | None = None,
+    y_block: TransformBlock | Sequence[TransformBlock] | None = None,
     x_cls: type[PILImage] = PILImage,
     item_tfms: TransformLike | Sequence[TransformLike] | None = None,
     batch_tfms: TransformLike | Sequence[TransformLike] | None = None,
@@ -57,6 +58,7 @@ def image_block(
     folder a file lies in; of a table the column, or several of numbers, by default the second one.
     file: the table's column that names the file, below `folder` (by default the one the table is in), with `suffix` added.
     label_delim: a row's label is a text of several, split there. y_block: what the label is, by default a class, or several.
+    Of several blocks, such as those of boxes and their names, each has a label of its own: as many columns, or functions.
     valid: the column that is true where a row validates, or a splitter; by default the folders train/ and valid/ where there
     are both, else `valid_pct` of the rows by `split_seed`.
     size: of the pictures in the end. They are made a quarter larger once (item_tfms), then turned, zoomed, warped and cut to
@@ -67,11 +69,16 @@ def image_block(
         raise UserError("label_delim splits a column of a table, and the source is a folder: give a label=function of the path")
     if y_block is None:
         y_block = CategoryBlock() if label_delim is None else MultiCategoryBlock()
+    if isinstance(y_block, TransformBlock):
+        targets, labels = [y_block], [label]
+    else:
+        targets, labels = list(y_block), _each(label, len(y_block))
     return DataBlock(
-        blocks=(ImageBlock(x_cls), y_block),
+        blocks=(ImageBlock(x_cls), *targets),
         get_items=None if table else get_image_files,
         get_x=ColReader(file, pref=_folder_of(source, folder), suff=suffix) if table else the_item,
-        get_y=_column(label, label_delim) if table else _of_path(label),
+        get_y=[_column(one, label_delim) if table else _of_path(one) for one in labels],
+        n_inp=1,
         splitter=_splitter(source, table, valid, valid_pct, split_seed),
         item_tfms=Resize(_larger(size)) if item_tfms is None else item_tfms,
         batch_tfms=aug_transforms(size=size) if batch_tfms is None else batch_tfms,
@@ -105,6 +112,12 @@ def _folder_of(source: Any, folder: str | Path | None) -> str | Path:
     if not isinstance(source, str | Path):
         return ""
     return f"{source.rpartition('/')[0]}/" if isinstance(source, str) and is_url(source) else Path(source).parent
+
+
+def _each(label: Any, number: int) -> list[Any]:
+    if isinstance(label, str) or not isinstance(label, Sequence) or len(label) != number:
+        raise UserError(f"y_block has {number} blocks, so label has a column or a function for each of them, not {label!r}")
+    return list(label)
 
 
 def _column(label: Label | None, label_delim: str | None) -> Callable[[Any], Any]:

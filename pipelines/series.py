@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 
 from blocks.category import CategoryBlock
@@ -34,6 +34,7 @@ from blocks.tabular import TabularBlock
 from blocks.tensors import TensorKnown, TensorTabular, as_plain
 from blocks.transform import TransformLike
 from pipelines.examples import package_folder
+from pipelines.settings import BatchSize
 from pipelines.learners import n_outputs
 from pipelines.tabular import LOOK_ROWS, get_emb_sz, table_of
 from training import (
@@ -60,7 +61,6 @@ from training.series import FORECASTERS
 if TYPE_CHECKING:
     import pandas as pd
 
-BatchSize = Annotated[int, Field(ge=2)]  # BatchNorm needs two rows
 WINDOWS_TO_LOOK_AT = 100_000
 CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"inception_time": inception_time, "resnet1d": resnet1d}
 

@@ -9,10 +9,10 @@ learn.predict({"job": "nurse", "city": "Bonn", "age": 41, "hours": 38})
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from blocks.category import CategoryBlock
@@ -30,16 +30,15 @@ from blocks.splits import RandomSplitter, Splitter, TrainTestSplitter
 from blocks.tabular import Categorify, EncodeTable, FillMissing, Proc, RowReader, TabularBlock
 from blocks.tensors import as_plain
 from pipelines.examples import penguins_table, rdatasets_table
+from pipelines.settings import BatchSize, given_path
 from pipelines.learners import n_outputs
 from training import Learner, R2Score, Recipe, Schedule, accuracy, one_cycle, recipe, rmse
-from training.recipe import SettingError
 from training.tabular import emb_sz_rule, tabular_model, tabular_resnet
 
 if TYPE_CHECKING:
     import pandas as pd
 
 LOOK_ROWS = 65_536
-BatchSize = Annotated[int, Field(ge=2)]  # BatchNorm needs two rows
 PROCS: tuple[Proc, ...] = (Categorify(), FillMissing(), Normalize())
 ARCHS: dict[str, Callable[..., nn.Module]] = {"mlp": tabular_model, "resnet": tabular_resnet}
 
@@ -369,7 +368,8 @@ def table(
     the order and the weights.
     """
     block = partial(tabular_block_for, y_names=target, splitter=RandomSplitter(0.2, seed=seed))
-    source = partial(_given_table, path, target)
+    what = "a CSV or Parquet file, or a folder of them, and target=..., a column of it"
+    source = partial(given_path, "table", path if target else "", what)
     return Recipe(
         block=block,
         source=source,
@@ -393,12 +393,6 @@ def regressor(dls: DataLoaders, **settings: Any) -> Learner:
 
 def _fitting_learner(dls: DataLoaders, arch: str) -> Learner:
     return classifier(dls, arch=arch) if dls.vocab else regressor(dls, arch=arch)
-
-
-def _given_table(path: str, target: str) -> Path:
-    if not path or not target:
-        raise SettingError("table needs path=..., a CSV or Parquet file, or a folder of them, and target=..., a column of it")
-    return Path(path).expanduser()
 
 
 def _stratified(column: str, seed: int) -> Splitter:

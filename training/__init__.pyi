@@ -52,6 +52,8 @@ from .gan import basic_generator as basic_generator
 from .gan import critic_dataloaders as critic_dataloaders
 from .gan import gan_critic as gan_critic
 from .generate import generate as generate
+from .grad_cam import GradCAM as GradCAM
+from .grad_cam import grad_cam as grad_cam
 from .gradients import BnFreeze as BnFreeze
 from .gradients import GradientAccumulation as GradientAccumulation
 from .gradients import GradientClip as GradientClip
@@ -147,6 +149,7 @@ from .metrics import mae as mae
 from .metrics import mse as mse
 from .metrics import msle as msle
 from .metrics import optim_metric as optim_metric
+from .metrics import points_error as points_error
 from .metrics import rmse as rmse
 from .metrics import skm_to_fastai as skm_to_fastai
 from .metrics import top_k_accuracy as top_k_accuracy
@@ -180,6 +183,8 @@ from .param_scheduler import combined_cos as combined_cos
 from .precision import precision_callbacks as precision_callbacks
 from .recipe import Recipe as Recipe
 from .recipe import recipe as recipe
+from .report import Report as Report
+from .report import report_of as report_of
 from .results import Predicted as Predicted
 from .rnn import ModelResetter as ModelResetter
 from .rnn import RNNCallback as RNNCallback

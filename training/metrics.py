@@ -196,6 +196,11 @@ def rmse(pred: Tensor, targ: Tensor) -> Tensor:
     return mse(pred, targ).sqrt()
 
 
+def points_error(pred: Tensor, targ: Tensor) -> Tensor:
+    """How far points (rows, n, 2) are off, in widths of their picture where it is square; the mean distance."""
+    return (pred.double().reshape(targ.shape) - targ).norm(dim=-1).mean() / 2
+
+
 def exp_rmspe(pred: Tensor, targ: Tensor) -> Tensor:
     """The root of the mean squared relative error of exp(x); as a metric, of the mean over all rows."""
     return _mspe_of_exp(pred, targ).sqrt()
@@ -242,7 +247,7 @@ def BrierScoreMulti(sigmoid: bool = True) -> AvgMetric:  # noqa: N802
     )
 
 
-_LOWER_IS_BETTER = {error_rate, mse, mae, msle}
+_LOWER_IS_BETTER = {error_rate, mse, mae, msle, points_error}
 # Functions that are not means over rows, but functions of one.
 _OF_A_MEAN: dict[Any, tuple[MetricFunction, Callable[[float], float]]] = {
     rmse: (mse, math.sqrt),

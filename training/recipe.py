@@ -27,7 +27,18 @@ if TYPE_CHECKING:
     from training.learner import Learner
 
 # The runner's own words: they stand beside a recipe's settings on the command line, so no recipe may use them.
-RUNNER_WORDS = ("workers", "trials", "scheduler", "search", "register", "alias", "system_metrics", "address", "experiment")
+RUNNER_WORDS = (
+    "workers",
+    "trials",
+    "scheduler",
+    "search",
+    "register",
+    "alias",
+    "system_metrics",
+    "report",
+    "address",
+    "experiment",
+)
 
 
 class SettingError(UserError):

@@ -31,7 +31,7 @@ from blocks import (
 from blocks.errors import UserError
 from pipelines import textures, vision_learner
 from pipelines import weights as weights_module
-from pipelines.vision import CLOTHES, _idx, fashion_folder, photo_of
+from pipelines.picture_sets import CLOTHES, _idx, fashion_folder, photo_of
 from training import Learner, Phase, create_body, load_predictor
 from training.models import torchvision_model
 from training.transfer import halves_and_head
