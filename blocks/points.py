@@ -9,11 +9,11 @@ from blocks.category import Category, LabelLists
 from blocks.errors import DataError
 from blocks.resize import size_of
 from blocks.tensors import TensorBBox, TensorBBoxLabel, TensorPoint, as_plain
-from blocks.transform import ItemTransform, Transform
+from blocks.transform import ItemTransform
 
 
 @dataclass
-class MakePoints(Transform):
+class MakePoints(ItemTransform):
     """Pairs of numbers (x, y) become a `TensorPoint` (n, 2), in pixels of the upright picture."""
 
     def encodes(self, x: object) -> TensorPoint:
@@ -21,7 +21,7 @@ class MakePoints(Transform):
 
 
 @dataclass
-class MakeBoxes(Transform):
+class MakeBoxes(ItemTransform):
     """Rows of (left, top, right, bottom) become a `TensorBBox` (n, 4), in pixels of the upright picture."""
 
     def encodes(self, x: object) -> TensorBBox:

@@ -6,6 +6,7 @@ once to the cache as the files that a person's own data would be: pictures with 
 """
 
 import io
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from PIL import Image, ImageDraw
 from pipelines.picture_sets import TEXTURES, photo_of, written_once
 
 SIDE = 64  # of a picture, in pixels
+RADIUS = 8.0, 14.0  # of a shape, in pixels
+CONTRAST = 60  # at least, between a shape's colour and the mean of its picture
 TRAIN, VALID = 480, 120  # pictures
 CORNERS = {"disk": 0, "square": 4, "triangle": 3}
 KINDS = tuple(CORNERS)
@@ -50,7 +53,7 @@ def segments_folder() -> Path:
             picture, mask = background, np.zeros((SIDE, SIDE), np.uint8)
             for shape in _apart(draw, int(draw.integers(1, 4))):
                 mask[shape.mask()] = CODES.index(shape.kind)
-                picture = _painted(picture, shape, draw.uniform(0, 255, 3))
+                picture = _painted(picture, shape, _colour(draw, background))
             yield f"pictures/{part}/{name}/{number:03d}.png", picture
             yield f"masks/{part}/{name}/{number:03d}.png", mask
 
@@ -88,7 +91,7 @@ def boxes_table() -> Path:
         for part, number, _, background, draw in _backgrounds(seed=3):
             picture, shapes = background, _apart(draw, int(draw.integers(1, 4)))
             for shape in shapes:
-                picture = _painted(picture, shape, draw.uniform(0, 255, 3))
+                picture = _painted(picture, shape, _colour(draw, background))
             boxes, labels = [_box_of(shape.mask()) for shape in shapes], [shape.kind for shape in shapes]
             rows.append({"file": f"{part}/{number:03d}.png", "boxes": boxes, "labels": labels, "valid": part == "valid"})
             yield f"{part}/{number:03d}.png", picture
@@ -115,15 +118,24 @@ def _backgrounds(seed: int) -> Iterator[tuple[str, int, str, np.ndarray, np.rand
 
 
 def _apart(draw: np.random.Generator, number: int, kinds: tuple[str, ...] = KINDS) -> list[Shape]:
-    # So many shapes that do not touch each other or the border, as soon as they are found.
-    shapes: list[Shape] = []
-    while len(shapes) < number:
-        radius = draw.uniform(6, 13)
-        x, y = draw.uniform(radius + 1, SIDE - radius - 1, 2)
-        shape = Shape(str(draw.choice(kinds)), (float(x), float(y)), float(radius), float(draw.uniform(0, np.pi)))
-        if all(np.hypot(x - s.middle[0], y - s.middle[1]) > radius + s.radius + 2 for s in shapes):
-            shapes.append(shape)
-    return shapes
+    # So many shapes, all drawn again until none touches another one; none touches the border.
+    while True:
+        radii = draw.uniform(*RADIUS, number)
+        middles = [draw.uniform(r + 1, SIDE - r - 1, 2) for r in radii]
+        pairs = itertools.combinations(zip(middles, radii, strict=True), 2)
+        if all(np.hypot(*(m - n)) > r + s + 2 for (m, r), (n, s) in pairs):
+            return [
+                Shape(str(draw.choice(kinds)), (float(x), float(y)), float(r), float(draw.uniform(0, np.pi)))
+                for (x, y), r in zip(middles, radii, strict=True)
+            ]
+
+
+def _colour(draw: np.random.Generator, background: np.ndarray) -> np.ndarray:
+    # One that can be seen.
+    while True:
+        colour = draw.uniform(0, 255, 3)
+        if np.abs(colour - background.mean((0, 1))).mean() >= CONTRAST:
+            return colour
 
 
 def _painted(picture: np.ndarray, shape: Shape, colour: np.ndarray) -> np.ndarray:

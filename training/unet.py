@@ -1,8 +1,8 @@
 """U-Net over any encoder: what it saw at each size comes back on the way up (Ronneberger et al., arXiv:1505.04597)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,12 @@ class DynamicUnet(nn.Module):
         super().__init__()
         self.encoder = encoder
         channels = num_features(encoder, n_in)
-        self._skips, widths = _skips(encoder, n_in)
+        above = sizes_of(encoder, n_in)[1:]
+        if not above:
+            raise UserError(
+                f"{type(encoder).__name__} gives all of its layers' outputs in one size: a U-Net has nothing to go back to"
+            )
+        self._skips, widths = [size.layer for size in above], [size.channels for size in above]
         self.middle = nn.Sequential(ConvLayer(channels, channels * 2), ConvLayer(channels * 2, channels))
         ups: list[nn.Module] = []
         for i, width in enumerate(widths):
@@ -50,14 +55,7 @@ class DynamicUnet(nn.Module):
             self.out.append(SigmoidRange(*y_range))
 
     def forward(self, x: Tensor) -> Tensor:
-        seen: dict[int, Tensor] = {}
-        layers = layers_of(self.encoder)
-        handles = [layers[n].register_forward_hook(partial(_keep, seen, n)) for n in self._skips]
-        try:
-            y = self.encoder(x)
-        finally:
-            for handle in handles:
-                handle.remove()
+        y, seen = seen_on_the_way(self.encoder, self._skips, x)
         y = self.middle(F.relu(y))
         for up, n in zip(self.ups, self._skips, strict=True):
             y = up(y, seen[n])
@@ -90,27 +88,38 @@ def _keep(seen: dict[int, Tensor], number: int, module: nn.Module, given: Any, r
     seen[number] = result
 
 
-def _skips(encoder: nn.Module, n_in: int) -> tuple[list[int], list[int]]:
-    # For each size above that of the features, the smallest first: the last layer of that size, and how many channels it has.
-    shapes: dict[int, Tensor] = {}
+class Size(NamedTuple):
+    """A size of an encoder's outputs: its last layer of that size (a number of `layers_of`), channels, pixels a place."""
+
+    layer: int
+    channels: int
+    stride: int
+
+
+def sizes_of(encoder: nn.Module, n_in: int = 3) -> list[Size]:
+    """The sizes that an encoder's outputs pass through, the smallest, which is the last, first."""
     layers = layers_of(encoder)
-    handles = [layer.register_forward_hook(partial(_keep, shapes, n)) for n, layer in enumerate(layers)]
     was_training = encoder.training
     try:
         with torch.no_grad():
-            last = encoder.eval()(torch.zeros(1, n_in, *PROBE))
+            _, outputs = seen_on_the_way(encoder.eval(), range(len(layers)), torch.zeros(1, n_in, *PROBE))
     finally:
         encoder.train(was_training)
+    maps = {n: x for n, x in outputs.items() if isinstance(x, Tensor) and x.ndim == 4}
+    by_height = {x.shape[2]: Size(n, x.shape[1], PROBE[0] // x.shape[2]) for n, x in maps.items()}
+    return sorted(by_height.values(), reverse=True)
+
+
+def seen_on_the_way(encoder: nn.Module, layers: Iterable[int], x: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    """The encoder's output for `x`, and what some of its layers (numbers of `layers_of`) gave."""
+    seen: dict[int, Tensor] = {}
+    found = layers_of(encoder)
+    handles = [found[n].register_forward_hook(partial(_keep, seen, n)) for n in layers]
+    try:
+        return encoder(x), seen
+    finally:
         for handle in handles:
             handle.remove()
-    by_size = {tuple(x.shape[2:]): (n, x.shape[1]) for n, x in shapes.items() if isinstance(x, Tensor) and x.ndim == 4}
-    by_size.pop(tuple(last.shape[2:]), None)
-    found = sorted(by_size.values(), reverse=True)
-    if not found:
-        raise UserError(
-            f"{type(encoder).__name__} gives all of its layers' outputs in one size: a U-Net has nothing to go back to"
-        )
-    return [n for n, _ in found], [width for _, width in found]
 
 
 @model_builder

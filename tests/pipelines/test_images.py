@@ -9,7 +9,20 @@ import pytest
 import torch
 from PIL import Image
 
-from blocks import DataLoaders, MaskBlock, PointBlock, RegressionBlock, Resize, TensorCategory, TensorMask, TensorPoint
+from blocks import (
+    BBoxBlock,
+    BBoxLblBlock,
+    DataLoaders,
+    MaskBlock,
+    PointBlock,
+    RegressionBlock,
+    Resize,
+    TensorBBox,
+    TensorBBoxLabel,
+    TensorCategory,
+    TensorMask,
+    TensorPoint,
+)
 from blocks.errors import UserError
 from pipelines import image_dataloaders, unet_learner, vision_learner
 from training import load_predictor
@@ -134,3 +147,25 @@ def test_masks_are_learned_from_the_picture(few_digits: Path, tmp_path: Path) ->
     photo = next((few_digits / "1").iterdir())
     (again,) = load_predictor(learn.export(tmp_path / "export")).predict([photo])
     assert torch.equal(torch.as_tensor(np.asarray(again.label)), torch.as_tensor(np.asarray(learn.predict(photo).decoded)))
+
+
+def test_boxes_and_their_labels_from_a_table(few_digits: Path) -> None:
+    files = [f.relative_to(few_digits).as_posix() for f in sorted(few_digits.rglob("*.png"))]
+    boxes = pd.DataFrame({"file": files, "boxes": [[[0, 0, 4, 8]]] * 120, "labels": [["left"]] * 120})
+    settings: dict[str, Any] = {"folder": few_digits, "y_block": (BBoxBlock(), BBoxLblBlock()), "size": 16, "batch_tfms": ()}
+    dls = image_dataloaders(boxes, label=("boxes", "labels"), item_tfms=Resize(16), batch_size=8, **settings)
+    image, corners, labels = dls.one_batch()
+    assert (image.shape, type(corners), type(labels)) == ((8, 3, 16, 16), TensorBBox, TensorBBoxLabel)
+    torch.testing.assert_close(corners[0, 0].tolist(), [-1.0, -1.0, 0.0, 1.0])
+    assert dls.vocab == ("#na#", "left")
+    with pytest.raises(UserError, match="y_block has 2 blocks"):
+        image_dataloaders(boxes, label="boxes", **settings)
+
+
+def test_points_from_columns(few_digits: Path) -> None:
+    files = [f.relative_to(few_digits).as_posix() for f in sorted(few_digits.rglob("*.png"))]
+    eyes = pd.DataFrame({"file": files, "x": 2.0, "y": 4.0, "x2": 6.0, "y2": 8.0})
+    settings: dict[str, Any] = {"folder": few_digits, "y_block": PointBlock(), "item_tfms": Resize(16), "batch_tfms": ()}
+    dls = image_dataloaders(eyes, label=("x", "y", "x2", "y2"), batch_size=8, **settings)
+    _, points = dls.one_batch()
+    torch.testing.assert_close(points[0].tolist(), [[-0.5, 0.0], [0.5, 1.0]])
