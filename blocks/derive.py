@@ -57,7 +57,7 @@ def _carry_out(prepared: Prepared, where: str, make: Callable[[pa.Table], pa.Tab
     reports = [r for t in map_work(partial(_shard, prepared, make, where), numbers) for r in t.to_pylist()]
     shards = [json.loads(r["shard"]) for r in sorted(reports, key=lambda r: r["number"])]
     _check_written_here(where, shards)
-    of_rows = {name: prepared.index[name] for name in ("source", "shard_rows", "moved", "parts", "bad_rows")}
+    of_rows = {name: prepared.index[name] for name in ("source", "kind", "shard_rows", "moved", "parts", "bad_rows")}
     seconds = round(time.perf_counter() - began, 3)
     return of_rows | {"columns": reports[0]["columns"], "shards": shards, "fitted": [], "seconds": seconds}
 

@@ -1,6 +1,7 @@
 """Encoding: rows of a source as typed columns. By whole Arrow columns where getter and transforms can, else item by item."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from blocks.category import is_missing
 from blocks.errors import DataError, UnreadableRow
 from blocks.files import read_bytes
 from blocks.plan import Column, Encode
@@ -121,19 +123,37 @@ def _whole_columns(encode: Encode, rows: Rows) -> dict[str, list[tuple[pa.Field,
     # By column the stored columns it becomes.
     found = {}
     for column in encode.columns:
-        with naming(rows.ids[0].as_py(), column.name):
-            try:
+        try:
+            with naming(rows.ids[0].as_py(), column.name):
                 values = column_values(column, rows, column.type_tfms.transforms)
-            except DataError:
-                continue  # item by item, since that names the row
-            if values is None:
-                continue
+        except DataError as error:
+            gaps = _gaps(column, rows)
+            if gaps:
+                name = getattr(column.getter, "cols", column.name)
+                raise DataError(f"the column {name!r} has no value in row {_listed(gaps)}: {error}") from error
+            continue  # item by item, since that names the row
+        if values is None:
+            continue
+        with naming(rows.ids[0].as_py(), column.name):
             first = encode.named(column, column.type_tfms(column.getter(next(iter(rows.each())))))
             arrays = values if isinstance(values, tuple) else (values,)
             typed = [_typed_whole(name, part, array) for (name, part), array in zip(first.items(), arrays, strict=True)]
-            if all(t is not None for t in typed):
-                found[column.name] = [t for t in typed if t is not None]
+        if all(t is not None for t in typed):
+            found[column.name] = [t for t in typed if t is not None]
     return found
+
+
+def _gaps(column: Column, rows: Rows) -> list[Any]:
+    # The ids of the rows without a finite value, where the column is taken from a table as it is.
+    values = column_values(column, rows, ())
+    if values is None:
+        return []
+    each = zip(rows.ids.to_pylist(), values.to_pylist(), strict=True)
+    return [i for i, v in each if is_missing(v) or (isinstance(v, float) and math.isinf(v))]
+
+
+def _listed(ids: Sequence[Any], most: int = 3) -> str:
+    return ", ".join(map(str, ids[:most])) + (", ..." if len(ids) > most else "")
 
 
 def _typed_whole(name: str, first: Any, values: Any) -> tuple[pa.Field, pa.Array] | None:

@@ -110,6 +110,7 @@ def _carry_out(plan: Plan, made: Unfinished, map_work: MapWork, max_bad_rows: in
         raise DataError(f"some files end up as {first}, others as {other}: {SAME_SIZE}")
     return {
         "source": plan.source.name,
+        "kind": plan.source.kind,
         "columns": json.loads(next(iter(kinds.values()))),
         "shards": shards,
         "shard_rows": shard_rows,

@@ -7,6 +7,7 @@ So what the driver needs does not grow with the rows of a table.
 """
 
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -240,6 +241,9 @@ class TableSource:
     identify: Callable[[], Any]
     kind: str = "rows"
 
+    def __post_init__(self) -> None:
+        _check_told_apart(self.name, self.columns)
+
     @property
     def rows(self) -> int:
         return sum(s.rows for s in self.spans)
@@ -304,12 +308,35 @@ def table_source(table: pa.Table, name: str) -> TableSource:
     return TableSource(name, tuple(table.column_names), spans, table.nbytes, lambda: table)
 
 
+def _check_told_apart(name: str, columns: Sequence[str]) -> None:
+    twice = sorted(column for column, n in Counter(columns).items() if n > 1)
+    if twice:
+        raise DataError(f"{name} has several columns called {', '.join(map(repr, twice))}: give each a name of its own")
+
+
+def _mixed(frame: Any) -> str | None:
+    # The first column of values of several types, and the rows of those that are few.
+    for name in frame.columns:
+        there = frame[name].reset_index(drop=True).dropna()
+        kinds = there.map(lambda v: type(v).__name__)
+        if there.dtype == object and kinds.nunique() > 1:
+            most = kinds.mode()[0]
+            odd = there[kinds != most]
+            rows = ", ".join(map(str, odd.index[:3])) + (", ..." if len(odd) > 3 else "")
+            return (
+                f"the column {name!r} holds values of several types: {most}, and {len(odd)} other, such as {odd.iloc[0]!r:.80} "
+                f"(row {rows}): give it values of one type"
+            )
+    return None
+
+
 def frame_source(frame: Any) -> TableSource:
-    """A pandas DataFrame; its index is left out."""
+    """A pandas DataFrame; its index is left out. DataError for columns of one name, or of values of several types."""
+    _check_told_apart("DataFrame", list(map(str, frame.columns)))
     try:
         table = pa.Table.from_pandas(frame, preserve_index=False)
     except pa.ArrowException as error:
-        raise DataError(f"the DataFrame cannot become an Arrow table: {error}. Give each column values of one type") from error
+        raise DataError(f"{_mixed(frame) or f'the DataFrame cannot become an Arrow table: {error}'}") from error
     return table_source(table.replace_schema_metadata(None), "DataFrame")
 
 

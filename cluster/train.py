@@ -95,20 +95,20 @@ def _train_in(folder: Path, recipe: Recipe, workers: Workers, say: Say, recordin
 
 
 def prepared_data(recipe: Recipe, on_ray: bool, say: Say) -> DataLoaders:
-    """The recipe's data, prepared or found prepared; says which, and how many files were decoded."""
+    """The recipe's data, prepared or found prepared; says which, and how many files were decoded or rows prepared."""
     began = time.perf_counter()
     block, source = recipe.data()
     make = partial(dataloaders, block) if on_ray else block.dataloaders
     dls = make(source, **recipe.data_settings)
     prepared = dls.prepared
     assert prepared is not None
+    kind = prepared.index["kind"]
+    done = "files decoded" if kind == "files" else f"{kind} prepared"
     if prepared.reused:
-        say(f"data: prepared data found (plan {prepared.fingerprint}): {prepared.rows} rows, 0 files decoded")
+        say(f"data: prepared data found (plan {prepared.fingerprint}): {prepared.rows} rows, 0 {done}")
     else:
         how = "Ray Data" if on_ray else "this process"
-        say(
-            f"data: {prepared.rows} files decoded by {how} in {time.perf_counter() - began:.1f} s (plan {prepared.fingerprint})"
-        )
+        say(f"data: {prepared.rows} {done} by {how} in {time.perf_counter() - began:.1f} s (plan {prepared.fingerprint})")
     for bad in prepared.index["bad_rows"]:
         say(f"data: left out {bad['id']}: {bad['reason']}")
     return dls

@@ -289,7 +289,7 @@ def main() -> NoReturn:
         mistake.show()
         code = 2
     except UserError as mistake:
-        click.echo(f"fastray: {mistake}", err=True)
+        click.echo("\n  ".join([f"fastray: {mistake}", *getattr(mistake, "__notes__", ())]), err=True)  # notes name the row
         code = 2
     except (KeyboardInterrupt, click.Abort):
         click.echo("fastray: stopped", err=True)

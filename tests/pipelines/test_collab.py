@@ -131,7 +131,11 @@ def test_the_latest_are_held_out() -> None:
         (lambda learn: nearest_items(learn, "film 700"), UserError, "no film 'film 700'.*'film 7'"),
         (lambda learn: ranking_metrics(learn, at_least=9), UserError, "so liked"),
         (lambda _: collab_dataloaders(frame(), "whom", "film", "stars"), DataError, "no column 'whom'.*'who'"),
-        (lambda _: collab_dataloaders(frame().assign(stars=np.nan), "who", "film", "stars"), DataError, "is not a number"),
+        (
+            lambda _: collab_dataloaders(frame().assign(stars=np.nan), "who", "film", "stars"),
+            DataError,
+            "'stars' has no value in row 0, 1, 2",
+        ),
     ],
 )
 def test_mistakes(rated: Any, call: Any, error: type[Exception], match: str) -> None:

