@@ -42,6 +42,10 @@ from training import (
     awd_lstm_lm_split,
     generate,
     token_accuracy,
+    transformer_clas_split,
+    transformer_classifier,
+    transformer_lm,
+    transformer_lm_split,
 )
 from training.checks import listed
 from training.learner import Splitter
@@ -52,7 +56,8 @@ from training.models import BUILDERS, ModelSpec
 class Arch:
     """The builders of a language model and of a classifier, and how their parameters are grouped for freezing.
 
-    sizes: the arguments that make the encoder what it is, and that go with it from the one to the other.
+    sizes: the arguments that make the encoder what it is, and that go with it from the one to the other. of_lm: those of a
+    classifier that begins from a language model. penalties: alpha and beta of `RNNRegularizer`.
     """
 
     lm: Callable[..., nn.Module]
@@ -60,10 +65,29 @@ class Arch:
     lm_split: Splitter
     classifier_split: Splitter
     sizes: tuple[str, ...]
+    of_lm: Mapping[str, Any]
+    penalties: tuple[float, float]
 
 
 ARCHS = {
-    "awd_lstm": Arch(awd_lstm_lm, awd_lstm_classifier, awd_lstm_lm_split, awd_lstm_clas_split, ("emb_sz", "n_hid", "n_layers")),
+    "awd_lstm": Arch(
+        awd_lstm_lm,
+        awd_lstm_classifier,
+        awd_lstm_lm_split,
+        awd_lstm_clas_split,
+        sizes=("emb_sz", "n_hid", "n_layers"),
+        of_lm={},
+        penalties=(2.0, 1.0),
+    ),
+    "transformer": Arch(
+        transformer_lm,
+        transformer_classifier,
+        transformer_lm_split,
+        transformer_clas_split,
+        sizes=("emb_sz", "n_hid", "n_layers", "n_heads"),
+        of_lm={"causal": True},
+        penalties=(0.0, 0.0),
+    ),
 }
 
 
@@ -103,17 +127,18 @@ def language_model_learner(
     config: Mapping[str, Any] | None = None,
     drop_mult: float = 1.0,
     weights: str | Path | None = None,
-    alpha: float = 2.0,
-    beta: float = 1.0,
+    alpha: float | None = None,
+    beta: float | None = None,
     metrics: Any = None,
     callbacks: Callback | Sequence[Callback] = (),
     **learner: Any,
 ) -> LMLearner:
     """A Learner of a language model on the data of `TextBlock(is_lm=True)`, with accuracy and perplexity.
 
-    config: arguments of the model's builder, such as the sizes `{"emb_sz": 128, "n_hid": 256, "n_layers": 2}`. drop_mult: a
-    factor for all dropouts. weights: the file of an encoder to go on from (`save_encoder`), whose sizes are then taken, all but
-    the embedding being frozen. alpha, beta: penalties of activations (`RNNRegularizer`). learner: arguments of `Learner`.
+    arch: "awd_lstm" or "transformer". config: arguments of the model's builder, such as the sizes `{"emb_sz": 128,
+    "n_hid": 256, "n_layers": 2}`. drop_mult: a factor for all dropouts. weights: the file of an encoder to go on from
+    (`save_encoder`), whose sizes are then taken, all but the embedding being frozen. alpha, beta: penalties of activations
+    (`RNNRegularizer`), by default 2 and 1 for an AWD-LSTM, else none. learner: arguments of `Learner`.
     """
     kind = _arch(arch)
     begun = None if weights is None else read_encoder(weights)
@@ -123,7 +148,7 @@ def language_model_learner(
         dls,
         kind.lm(**arguments),
         metrics=[token_accuracy(), Perplexity()] if metrics is None else metrics,
-        callbacks=[RNNRegularizer(alpha, beta), ModelResetter(), *listed(callbacks)],
+        callbacks=[_penalties(kind, alpha, beta), ModelResetter(), *listed(callbacks)],
         **settings,
     )
     if begun is not None:
@@ -141,11 +166,11 @@ def text_classifier_learner(
     n_out: int | None = None,
     lin_ftrs: Sequence[int] = (50,),
     ps: Sequence[float] | None = None,
-    seq_len: int = 72,
+    seq_len: int | None = None,
     max_len: int = 72 * 20,
     y_range: tuple[float, float] | None = None,
-    alpha: float = 2.0,
-    beta: float = 1.0,
+    alpha: float | None = None,
+    beta: float | None = None,
     metrics: Any = None,
     callbacks: Callback | Sequence[Callback] = (),
     **learner: Any,
@@ -153,28 +178,31 @@ def text_classifier_learner(
     """A Learner of a classifier of texts, one output a class, or of values where the target is one.
 
     encoder: the file of a language model's (`save_encoder`), whose sizes are then taken; it is frozen until a phase, such as
-    `gradual_unfreeze`'s, or `unfreeze` frees it. config, drop_mult, alpha, beta: as in `language_model_learner`.
+    `gradual_unfreeze`'s, or `unfreeze` frees it. arch, config, drop_mult, alpha, beta: as in `language_model_learner`.
     n_out: how many outputs, by default what the target needs. lin_ftrs, ps: features and dropouts of the head's layers.
-    seq_len, max_len: a text is read in pieces of `seq_len` tokens, of which the last `max_len` are pooled. y_range: squeezes
-    the output into it. metrics: by default the usual one for the target.
+    seq_len, max_len: a text is read in pieces of `seq_len` tokens (72, by a Transformer 512), of which the last `max_len` are
+    pooled. y_range: squeezes the output into it. metrics: by default the usual one for the target.
     """
     kind = _arch(arch)
     begun = None if encoder is None else read_encoder(encoder)
-    head = {
+    head: dict[str, Any] = {
         "n_out": n_out or n_outputs(dls),
         "lin_ftrs": list(lin_ftrs),
         "ps": [0.1] * len(lin_ftrs) if ps is None else list(ps),
-        "seq_len": seq_len,
         "max_len": max_len,
         "y_range": None if y_range is None else list(y_range),
     }
+    if seq_len is not None:
+        head["seq_len"] = seq_len
+    if begun is not None:
+        head |= kind.of_lm
     arguments = _arguments(kind, kind.classifier, dls, head | dict(config or {}), drop_mult, begun)
     settings: dict[str, Any] = {"splitter": kind.classifier_split, "moms": (0.8, 0.7, 0.8)} | learner
     learn = TextLearner(
         dls,
         kind.classifier(**arguments),
         metrics=usual_metrics(dls) if metrics is None else metrics,
-        callbacks=[RNNRegularizer(alpha, beta), *listed(callbacks)],
+        callbacks=[_penalties(kind, alpha, beta), *listed(callbacks)],
         **settings,
     )
     if begun is not None:
@@ -186,6 +214,11 @@ def _arch(name: str) -> Arch:
     if name not in ARCHS:
         raise UserError(f"arch={name!r} is not known: one of {', '.join(ARCHS)}")
     return ARCHS[name]
+
+
+def _penalties(kind: Arch, alpha: float | None, beta: float | None) -> RNNRegularizer:
+    usual = kind.penalties
+    return RNNRegularizer(usual[0] if alpha is None else alpha, usual[1] if beta is None else beta)
 
 
 def _arguments(

@@ -245,9 +245,10 @@ from .tabular import tabular_model as tabular_model
 from .tabular import tabular_resnet as tabular_resnet
 from .text import LanguageModel as LanguageModel
 from .text import PoolingHead as PoolingHead
-from .text import RecurrentClassifier as RecurrentClassifier
 from .text import RNNDropout as RNNDropout
+from .text import TextClassifier as TextClassifier
 from .text import concat_pool as concat_pool
+from .text import mean_pool as mean_pool
 from .text import token_accuracy as token_accuracy
 from .transfer import create_body as create_body
 from .transfer import create_head as create_head
@@ -255,5 +256,12 @@ from .transfer import cut_model as cut_model
 from .transfer import halves_and_head as halves_and_head
 from .transfer import num_features as num_features
 from .transfer import vision_model as vision_model
+from .transformer import TransformerEncoder as TransformerEncoder
+from .transformer import transformer_clas_split as transformer_clas_split
+from .transformer import transformer_classifier as transformer_classifier
+from .transformer import transformer_lm as transformer_lm
+from .transformer import transformer_lm_split as transformer_lm_split
 from .unet import DynamicUnet as DynamicUnet
 from .unet import unet_model as unet_model
+from .word_importance import WordImportance as WordImportance
+from .word_importance import word_importance as word_importance

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from training.models import model_builder
-from training.text import PAD, Encoder, Hidden, LanguageModel, PoolingHead, RecurrentClassifier, RNNDropout
+from training.text import PAD, Encoder, Hidden, LanguageModel, PoolingHead, RNNDropout, TextClassifier
 
 # cuDNN copies weights that do not lie one behind the other, and says so each time; dropped ones never do.
 warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk of memory")
@@ -144,7 +144,7 @@ def awd_lstm_classifier(
     y_range: Sequence[float] | None = None,
     pad_id: int = PAD,
 ) -> nn.Module:
-    """A `RecurrentClassifier` of an AWD-LSTM and a `PoolingHead`. drop_mult: a factor for the dropouts of the encoder and
+    """A `TextClassifier` of an AWD-LSTM and a `PoolingHead`. drop_mult: a factor for the dropouts of the encoder and
     before the head."""
     encoder = AWD_LSTM(
         n_vocab,
@@ -158,7 +158,7 @@ def awd_lstm_classifier(
         pad_id=pad_id,
     )
     head = PoolingHead(3 * emb_sz, n_out, lin_ftrs, [output_p * drop_mult, *ps], y_range)
-    return RecurrentClassifier(encoder, head, seq_len, max_len)
+    return TextClassifier(encoder, head, seq_len, max_len)
 
 
 def awd_lstm_lm_split(model: nn.Module) -> list[list[nn.Parameter]]:

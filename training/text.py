@@ -4,7 +4,7 @@ An encoder maps tokens int64 (rows, steps), and a state, to (rows, steps, featur
 their end, so what a text gives does not depend on its padding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -70,21 +70,29 @@ class LanguageModel(nn.Module):
         return self.decoder(dropped), raw, dropped
 
 
-class RecurrentClassifier(nn.Module):
+class TextClassifier(nn.Module):
     """Tokens int64 (rows, steps) -> (rows, n_out), the pooled outputs twice, as language models give them, and their mask.
 
     A text goes through the encoder in pieces of `seq_len` tokens, the state going on and no gradient through it. Only the
     last `max_len` tokens of a text are pooled: what came before is read without a graph, so that the memory needed for long
-    texts is bounded (Howard and Ruder, arXiv:1801.06146).
+    texts is bounded (Howard and Ruder, arXiv:1801.06146). pool: how, `concat_pool` or `mean_pool`.
     """
 
-    def __init__(self, encoder: Encoder, head: nn.Module, seq_len: int = 72, max_len: int = 1440):
+    def __init__(
+        self,
+        encoder: Encoder,
+        head: nn.Module,
+        seq_len: int = 72,
+        max_len: int = 1440,
+        pool: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):
         super().__init__()
         self.encoder, self.head, self.seq_len, self.max_len = encoder, head, seq_len, max_len
+        self.pool = pool or concat_pool
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         outputs, pooled = self._encoded(tokens, tokens != self.encoder.pad_id)
-        return self.head(concat_pool(outputs, pooled)), outputs, outputs, pooled
+        return self.head(self.pool(outputs, pooled)), outputs, outputs, pooled
 
     def _encoded(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         steps = tokens.shape[1]
@@ -106,17 +114,20 @@ class RecurrentClassifier(nn.Module):
         return torch.cat(outputs, dim=1), torch.cat(pieces, dim=1)
 
 
+def mean_pool(outputs: Tensor, mask: Tensor) -> Tensor:
+    """The mean output of each row where `mask` is true, 0 where it nowhere is: (rows, steps, f) -> (rows, f)."""
+    return outputs.masked_fill(~mask.unsqueeze(2), 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
 def concat_pool(outputs: Tensor, mask: Tensor) -> Tensor:
     """The last, the largest and the mean output of each row where `mask` is true: (rows, steps, f) -> (rows, 3 f).
 
     The mask, bool (rows, steps), is true in one stretch of a row at least one step long; a row without any pools its first.
     """
     mask = mask | (~mask.any(1, keepdim=True) & (torch.arange(mask.shape[1], device=mask.device) == 0))
-    last = mask.long().cumsum(1).argmax(1)
-    hidden = ~mask.unsqueeze(2)
-    largest = outputs.masked_fill(hidden, -torch.inf).amax(1)
-    mean = outputs.masked_fill(hidden, 0).sum(1) / mask.sum(1, keepdim=True)
-    return torch.cat([outputs[torch.arange(len(outputs), device=outputs.device), last], largest, mean], dim=1)
+    last = outputs[torch.arange(len(outputs), device=outputs.device), mask.long().cumsum(1).argmax(1)]
+    largest = outputs.masked_fill(~mask.unsqueeze(2), -torch.inf).amax(1)
+    return torch.cat([last, largest, mean_pool(outputs, mask)], dim=1)
 
 
 class PoolingHead(nn.Sequential):

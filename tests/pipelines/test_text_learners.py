@@ -19,7 +19,7 @@ from pipelines.text_learners import (
     save_encoder,
     text_classifier_learner,
 )
-from training import gradual_unfreeze, load_predictor
+from training import gradual_unfreeze, load_predictor, word_importance
 
 CONFIG = {"emb_sz": 12, "n_hid": 16, "n_layers": 2}
 GOOD, BAD = ["good", "fine", "sweet", "tasty"], ["bad", "awful", "sour", "stale"]
@@ -79,6 +79,11 @@ def test_the_ulmfit_way(class_dls: DataLoaders, encoder: Path, tmp_path: Path) -
     text = "this tea is very sour i think"
     label, _, probabilities = learn.predict(text)
     assert label == "bad"
+    mattered = word_importance(learn, text)
+    assert mattered.label == "bad"
+    assert mattered.top(1)[0][0] == "sour"
+    with pytest.raises(ValueError, match="'ugly' is no class: there are bad, good"):
+        word_importance(learn, text, "ugly")
     predictor = load_predictor(learn.export(tmp_path / "exported"))
     texts = [text, "good tea", "", "a text that is much longer than the others " * 30]
     (said, *others) = predictor.predict(texts)
@@ -142,3 +147,21 @@ def test_what_is_no_encoder(class_dls: DataLoaders, encoder: Path, tmp_path: Pat
     small.model = torch.nn.Linear(1, 1)
     with pytest.raises(UserError, match="no encoder of ours"):
         save_encoder(small, other)
+
+
+def test_a_transformer_goes_the_same_way(lm_dls: DataLoaders, class_dls: DataLoaders, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = {"emb_sz": 16, "n_hid": 32, "n_layers": 2, "n_heads": 2}
+    learn = quiet(language_model_learner(lm_dls, "transformer", config=config, drop_mult=0.1))
+    learn.fit_one_cycle(3, 0.01)
+    assert learn.recorder.history[-1]["valid/perplexity"] < 6
+    assert learn.predict("this tea", 2, temperature=0).startswith("this tea ")
+    encoder = learn.save_encoder(tmp_path / "encoder.safetensors")
+    learn = quiet(text_classifier_learner(class_dls, "transformer", encoder=encoder, drop_mult=0.1))
+    assert learn.model.encoder.causal
+    learn.fit(gradual_unfreeze(5), 0.02)
+    assert learn.recorder.history[-1]["valid/accuracy"] > 0.9
+    assert (
+        load_predictor(learn.export(tmp_path / "exported")).predict(["this tea is sour and very bad i think indeed"])[0].label
+        == "bad"
+    )
