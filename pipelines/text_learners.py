@@ -48,6 +48,12 @@ from training import (
     transformer_lm_split,
 )
 from training.checks import listed
+from training.huggingface import (
+    huggingface_classifier,
+    huggingface_config,
+    huggingface_split,
+    load_huggingface_weights,
+)
 from training.learner import Splitter
 from training.models import BUILDERS, ModelSpec
 
@@ -89,6 +95,17 @@ ARCHS = {
         penalties=(0.0, 0.0),
     ),
 }
+
+
+HUGGINGFACE = Arch(
+    huggingface_classifier,
+    huggingface_classifier,
+    huggingface_split,
+    huggingface_split,
+    sizes=(),
+    of_lm={},
+    penalties=(0.0, 0.0),
+)
 
 
 class TextLearner(Learner):
@@ -178,12 +195,16 @@ def text_classifier_learner(
     """A Learner of a classifier of texts, one output a class, or of values where the target is one.
 
     encoder: the file of a language model's (`save_encoder`), whose sizes are then taken; it is frozen until a phase, such as
-    `gradual_unfreeze`'s, or `unfreeze` frees it. arch, config, drop_mult, alpha, beta: as in `language_model_learner`.
-    n_out: how many outputs, by default what the target needs. lin_ftrs, ps: features and dropouts of the head's layers.
-    seq_len, max_len: a text is read in pieces of `seq_len` tokens (72, by a Transformer 512), of which the last `max_len` are
-    pooled. y_range: squeezes the output into it. metrics: by default the usual one for the target.
+    `gradual_unfreeze`'s, or `unfreeze` frees it. arch: also the folder of a model of transformers, which is frozen in the same
+    way; its texts are those of `TextBlock(tokenizer=folder/tokenizer.json)`. config, drop_mult, alpha, beta: as in
+    `language_model_learner`. n_out: how many outputs, by default what the target needs. lin_ftrs, ps: features and dropouts of
+    the head's layers. seq_len, max_len: a text is read in pieces of `seq_len` tokens (72, by a Transformer 512), of which the
+    last `max_len` are pooled. y_range: squeezes the output into it. metrics: by default the usual one for the target.
     """
-    kind = _arch(arch)
+    if Path(arch).is_dir() and arch not in ARCHS:
+        kind, config = HUGGINGFACE, {"config": huggingface_config(arch)} | dict(config or {})
+    else:
+        kind = _arch(arch)
     begun = None if encoder is None else read_encoder(encoder)
     head: dict[str, Any] = {
         "n_out": n_out or n_outputs(dls),
@@ -205,6 +226,9 @@ def text_classifier_learner(
         callbacks=[_penalties(kind, alpha, beta), *listed(callbacks)],
         **settings,
     )
+    if kind is HUGGINGFACE and begun is None:
+        load_huggingface_weights(learn.model, arch)
+        learn.freeze()
     if begun is not None:
         _take(learn, begun)
     return learn
@@ -212,7 +236,7 @@ def text_classifier_learner(
 
 def _arch(name: str) -> Arch:
     if name not in ARCHS:
-        raise UserError(f"arch={name!r} is not known: one of {', '.join(ARCHS)}")
+        raise UserError(f"arch={name!r} is not known: one of {', '.join(ARCHS)}, or for a classifier a folder of transformers'")
     return ARCHS[name]
 
 

@@ -64,6 +64,7 @@ from .hooks import Hooks as Hooks
 from .hooks import hook_output as hook_output
 from .hooks import hook_outputs as hook_outputs
 from .hooks import output_sizes as output_sizes
+from .huggingface import huggingface_classifier as huggingface_classifier
 from .hypers import get_hyper as get_hyper
 from .hypers import set_hyper as set_hyper
 from .interpretation import ClassificationInterpretation as ClassificationInterpretation
