@@ -14,6 +14,7 @@ from typing import Any
 
 from blocks.datablock import TransformBlock
 from blocks.dataloaders import DataLoaders
+from blocks.errors import UserError
 from blocks.streams import Streams
 from blocks.subwords import MAX_SUBWORDS, EncodeSubwords
 from blocks.tokens import MAX_WORDS, EncodeText, EncodeWords, WidenTokens
@@ -56,7 +57,7 @@ def _encoder(
         return EncodeSubwords(str(tokenizer), max_vocab or MAX_SUBWORDS, backwards=backwards)
     if Path(tokenizer).suffix == ".json":
         return EncodeSubwords.from_file(tokenizer, backwards=backwards)
-    raise ValueError(f"tokenizer is words, bpe, unigram, the path of a tokenizer.json or text_tfm(dls), not {tokenizer!r}")
+    raise UserError(f"tokenizer is words, bpe, unigram, the path of a tokenizer.json or text_tfm(dls), not {tokenizer!r}")
 
 
 def text_tfm(dls: DataLoaders) -> EncodeText:

@@ -26,6 +26,10 @@ from .tabular import permutation_importance as permutation_importance
 from .tabular import tabular_block as tabular_block
 from .tabular import tabular_dataloaders as tabular_dataloaders
 from .tabular import tabular_learner as tabular_learner
+from .text import lm_dataloaders as lm_dataloaders
+from .text import text_block as text_block
+from .text import text_dataloaders as text_dataloaders
+from .text import text_files_block as text_files_block
 from .text_learners import LMLearner as LMLearner
 from .text_learners import TextLearner as TextLearner
 from .text_learners import language_model_learner as language_model_learner

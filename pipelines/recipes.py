@@ -11,6 +11,7 @@ RECIPES = {
     **dict.fromkeys(("segments", "points"), "pipelines.shapes"),
     **dict.fromkeys(("penguins", "titanic", "credit", "ames", "diamonds", "table"), "pipelines.tabular"),
     **dict.fromkeys(("movies", "ratings"), "pipelines.collab"),
+    **dict.fromkeys(("reviews", "ulmfit", "docs_lm", "texts"), "pipelines.text"),
     **dict.fromkeys(("temperature", "cities"), "pipelines.series"),
     "series": "pipelines.own_series",
 }
