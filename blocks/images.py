@@ -35,7 +35,8 @@ class PILImage(Image.Image):
         UnreadableRow when the file is missing, empty, truncated or no picture.
         """
         with _reading(), _opened(source) as image:
-            return cls.of(cls.converted(ImageOps.exif_transpose(image)))
+            ImageOps.exif_transpose(image, in_place=True)  # it is ours
+            return cls.of(cls.converted(image))
 
     @classmethod
     def converted(cls, image: Image.Image) -> Image.Image:

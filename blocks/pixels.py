@@ -1,5 +1,6 @@
 """Pixels on the batch side: bytes become floats, floats are normalised by statistics that are given or learned."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -113,11 +114,7 @@ class Normalize(Transform):
                 "Normalize() has not learned its statistics: use it in the batch_tfms of a DataBlock, or give it some, as in "
                 "Normalize.from_stats(*IMAGENET_STATS)"
             )
-
-        def shaped(values: tuple[float, ...]) -> torch.Tensor:
-            return torch.tensor(values, dtype=x.dtype, device=x.device).view(-1, 1, 1)
-
-        return shaped(self.mean), shaped(self.std)
+        return _by_channel(self.mean, x.dtype, x.device), _by_channel(self.std, x.dtype, x.device)
 
     def encodes(self, x: TensorImage) -> torch.Tensor:
         mean, std = self._as(x)
@@ -126,3 +123,8 @@ class Normalize(Transform):
     def decodes(self, x: TensorImage) -> torch.Tensor:
         mean, std = self._as(x)
         return x * std + mean
+
+
+@functools.lru_cache(maxsize=16)  # the same few at each batch and each prediction
+def _by_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)

@@ -39,7 +39,11 @@ def seeded() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 real handwritten digits of the classes 0, 1 and 2 as PNG files in three class folders."""
-    root = tmp_path_factory.mktemp("few") / "digits"
+    return write_few_digits(tmp_path_factory.mktemp("few") / "digits")
+
+
+def write_few_digits(root: Path) -> Path:
+    """Those of `few_digits`."""
     data = load_digits(n_class=3)
     for number, (pixels, label) in enumerate(zip(data.images[:120], data.target[:120], strict=True)):
         file = root / str(label) / f"{number:04d}.png"

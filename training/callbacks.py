@@ -72,9 +72,11 @@ class Recorder(Callback):
         self.rates: list[float] = []
         self.momenta: list[float] = []
         self.epoch_ends: list[int] = []
-        self._step_losses: list[torch.Tensor] = []
         self.unit = "rows"
-        self._loss = self._count = torch.zeros((), dtype=torch.float64)
+        # Of the part so far: the batches whose losses were not read yet, and the sums over the others.
+        self._unread: list[tuple[torch.Tensor, torch.Tensor | float]] = []
+        self._training = False
+        self._loss = self._count = 0.0
         self._rows = 0
         self._noted = False  # whether the batch is in already
 
@@ -83,12 +85,12 @@ class Recorder(Callback):
         self.values = {"epoch": learn.epoch}
 
     def before_train(self, learn: "Learner") -> None:
-        self._restart(learn)
+        self._restart()
         self._train_began = time.perf_counter()
         learn.stalled = 0.0
 
     def before_validate(self, learn: "Learner") -> None:
-        self._restart(learn)
+        self._restart()
         for metric in learn.metrics:
             metric.reset()
 
@@ -107,15 +109,14 @@ class Recorder(Callback):
             self._note_batch(learn)
 
     def _note_batch(self, learn: "Learner") -> None:
-        # The sum stays on the device: reading it at each batch would make the host wait for a GPU.
-        if learn.rows:
-            # Not in place: what a resumed epoch has so far is on the CPU.
-            self._loss = self._loss + learn.loss.detach().to(torch.float64) * learn.loss_count
-            self._count = self._count + learn.loss_count
-            self._rows += learn.rows
+        # Read later, many at once: to read or to add them at each batch takes a while, and makes the host wait for a GPU.
+        self._unread.append((learn.loss.detach(), learn.loss_count if learn.rows else 0.0))
+        self._training = learn.training
+        self._rows += learn.rows
+        if len(self._unread) >= READ_AT_ONCE:
+            self._read_losses()
         if learn.training:
             group = learn.opt.param_groups[-1]
-            self._step_losses.append(learn.loss)
             self.rates.append(group["lr"])
             self.momenta.append(_momentum(group))
         elif learn.rows and learn.metrics:  # without rows it is a borrowed one
@@ -124,7 +125,6 @@ class Recorder(Callback):
                 metric.accumulate(learn.pred, targets if len(targets) > 1 else targets[0], learn.rows)
 
     def after_train(self, learn: "Learner") -> None:
-        self._read_losses()
         total = self._reduced()
         self._note("train/loss", total)
         seconds = time.perf_counter() - self._train_began
@@ -151,9 +151,16 @@ class Recorder(Callback):
         self._read_losses()  # of an epoch that was cut short
 
     def _read_losses(self) -> None:
-        if self._step_losses:
-            self.losses += torch.stack(self._step_losses).tolist()
-            self._step_losses = []
+        if not self._unread:
+            return
+        losses = torch.stack([loss for loss, _ in self._unread]).flatten().tolist()
+        for loss, (_, count) in zip(losses, self._unread, strict=True):  # one by one: the same bits wherever one stops
+            if count:  # without rows it is a borrowed one
+                self._loss += loss * float(count)
+                self._count += float(count)
+        if self._training:
+            self.losses += losses
+        self._unread = []
 
     def plot_loss(self, skip_start: int = 5, with_valid: bool = True, smooth: float = 0.98) -> "Figure":
         """A figure of the training loss step by step, smoothed exponentially, and the validation loss of each epoch."""
@@ -194,23 +201,23 @@ class Recorder(Callback):
         )
         return f"<table><tr>{head}</tr>{rows}</table>"
 
-    def _restart(self, learn: "Learner") -> None:
-        self._loss = torch.zeros((), dtype=torch.float64, device=learn.device)
-        self._count = torch.zeros_like(self._loss)
+    def _restart(self) -> None:
+        self._read_losses()  # those of a part that was cut short
+        self._loss = self._count = 0.0
         self._rows = 0
 
     def _reduced(self) -> torch.Tensor:
-        rows = torch.tensor(self._rows, dtype=torch.float64)
-        return distributed.sum_over_ranks(torch.stack([self._loss.cpu(), self._count.cpu(), rows]))
+        self._read_losses()
+        return distributed.sum_over_ranks(torch.tensor([self._loss, self._count, self._rows], dtype=torch.float64))
 
     def _note(self, name: str, total: torch.Tensor) -> None:
         if total[1] > 0:
             self.values[name] = float(total[0] / total[1])
 
     def state_dict(self) -> dict[str, Any]:
+        self._read_losses()
         steps = {name: list(getattr(self, name)) for name in _BY_STEP}
-        steps["losses"] += map(float, self._step_losses)
-        sums = {"loss": self._loss.clone(), "count": self._count.clone(), "rows": self._rows}
+        sums = {"loss": self._loss, "count": self._count, "rows": self._rows}
         history = [dict(values) for values in self.history]
         return {"history": history, "values": dict(self.values), "sums": sums, **steps}
 
@@ -218,8 +225,8 @@ class Recorder(Callback):
         self.history = [dict(values) for values in state["history"]]
         self.values = dict(state["values"])
         sums = state["sums"]
-        self._loss, self._count, self._rows = sums["loss"].clone(), sums["count"].clone(), sums["rows"]
-        self._step_losses = []
+        self._loss, self._count, self._rows = float(sums["loss"]), float(sums["count"]), sums["rows"]
+        self._unread = []
         for name in _BY_STEP:
             setattr(self, name, list(state[name]))
 
@@ -227,6 +234,9 @@ class Recorder(Callback):
         first = distributed.rank() == 0  # has the sums of all, since they are added up again
         sums = {name: sum(state["sums"][name] for state in states) * first for name in states[0]["sums"]}
         return states[0] | {"sums": sums}
+
+
+READ_AT_ONCE = 1000  # batches
 
 
 def _momentum(group: dict[str, Any]) -> float:

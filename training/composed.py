@@ -116,8 +116,10 @@ class Optimizer(torch.optim.Optimizer):
             for f, signature, first in zip(self.functions, signatures, firsts, strict=True)
         )
 
+        self._of_numbers = tuple(f for f in self._steps if f.of_numbers)
+        self._of_tensors = tuple(f for f in self._steps if not f.of_numbers)
         # What a kernel of torch's might do: all that runs at each step, unless something runs between.
-        runs = sum(always for always, _ in itertools.groupby(f.when is None for f in self._steps if not f.of_numbers))
+        runs = sum(always for always, _ in itertools.groupby(f.when is None for f in self._of_tensors))
         always = tuple(f.call for f in self._steps if f.when is None and f.call is not step_stat)
         self._at_each_step = always if runs == 1 else ()
 
@@ -177,8 +179,8 @@ class Optimizer(torch.optim.Optimizer):
         found = []
         for (_, _, *before), params in alike.items():
             values = {name: _number(group[name]) for name in self.defaults} | dict(zip(self._numbers, before, strict=True))
-            for f in self._steps:
-                if f.of_numbers and f.applies(values):
+            for f in self._of_numbers:
+                if f.applies(values):
                     values[f.changes] = float(f.call(**{name: values[name] for name in f.wants}))
             now = {name: values[name] for name in self._numbers}
             for p in params:
@@ -187,7 +189,7 @@ class Optimizer(torch.optim.Optimizer):
         return found
 
     def _step_alike(self, rows: list[tuple[Tensor, ...]], values: dict[str, Any], fused: "Fused | None") -> None:
-        steps = [f for f in self._steps if not f.of_numbers and f.applies(values)]
+        steps = [f for f in self._of_tensors if f.applies(values)]
         if self.kernel == EAGER:
             self._carry_out(tuple(steps), rows, values, compiled=False)
             return
@@ -240,10 +242,10 @@ class Optimizer(torch.optim.Optimizer):
         """Why not; nothing once a compiled step was found equal to the eager one at several rates without compiling again."""
         if shutil.which(os.environ.get("CXX", "g++")) is None:
             return "since there is no C++ compiler (CXX or g++)"
-        functions = tuple(f for f in self._steps if not f.of_numbers and f.when is None)
+        functions = tuple(f for f in self._of_tensors if f.when is None)
         if not all(f.elementwise for f in functions):
             return "since it looks at whole parameters, it would not become faster"
-        if len(functions) < sum(not f.of_numbers for f in self._steps) and any(f.changes == "grad" for f in functions):
+        if len(functions) < len(self._of_tensors) and any(f.changes == "grad" for f in functions):
             return "since it changes the gradient and has a function that does not run at each step"
         like = self.param_groups[0]["params"][0]
         generator = torch.Generator().manual_seed(0)
@@ -252,8 +254,8 @@ class Optimizer(torch.optim.Optimizer):
         names = tuple(name for name in values if any(name in f.wants for f in functions))
         try:
             for attempt in range(3):
-                for f in self._steps:
-                    if f.of_numbers and f.applies(values):
+                for f in self._of_numbers:
+                    if f.applies(values):
                         values[f.changes] = float(f.call(**{name: values[name] for name in f.wants}))
                 tensors = [torch.rand(1000, generator=generator).to(like) for _ in range(2 + len(self._states))]
                 numbers = tuple(values[name] for name in names)

@@ -86,5 +86,16 @@ def test_an_epoch_that_is_gone_on_with_on_a_gpu_is_recorded() -> None:
     resumed.load_state_dict(state)
     batch.loss = torch.tensor(0.5, device="meta")
     resumed.after_batch(batch)  # type: ignore[arg-type]
-    assert resumed._loss.device == batch.loss.device
-    assert torch.stack(resumed._step_losses).device == batch.loss.device
+    assert [loss.device for loss, _ in resumed._unread] == [batch.loss.device]  # not read, which would make the host wait
+
+
+def test_when_losses_are_read_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for at_once in (1, 2, 1000):
+        monkeypatch.setattr("training.callbacks.READ_AT_ONCE", at_once)
+        learn = tiny_learner()
+        learn.fit(2)
+        losses = [{k: v for k, v in values.items() if "loss" in k} for values in learn.recorder.history]
+        found.append((losses, learn.recorder.losses))
+    assert found[0] == found[1] == found[2]
+    assert len(found[0][1]) == 6

@@ -12,8 +12,10 @@ from training import DynamicUnet, SelfAttention, create_body, unet_model
 from training.transfer import halves_and_head, layers_of
 
 
-@pytest.mark.parametrize("size", [(32, 32), (33, 47)])
-@pytest.mark.parametrize("arch", ["resnet18", "shufflenet_v2_x0_5", "vgg11_bn"])
+@pytest.mark.parametrize(
+    ("arch", "size"),
+    [("resnet18", (32, 32)), ("resnet18", (33, 47)), ("shufflenet_v2_x0_5", (33, 47)), ("vgg11_bn", (33, 47))],
+)
 def test_a_prediction_for_each_pixel_whatever_the_size(arch: str, size: tuple[int, int]) -> None:
     model = unet_model(arch=arch, n_out=2)
     assert model(torch.randn(2, 3, *size)).shape == (2, 2, *size)
