@@ -10,6 +10,7 @@ or, where a picture of one value will do, a method of `draw`. `samples` are deco
 """
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from blocks.transform import dispatch
 Samples = Sequence[tuple[Any, ...]]
 PIXEL = 0.5  # the middle of the first pixel is (0.5, 0.5) as a point, and (0, 0) to matplotlib
 LONGEST_TEXT = 200  # characters of a text in a table
-MANY_COLUMNS = 5  # of a table: more are drawn narrower
+LINE = 60  # characters of a line in a cell
 
 
 # --- one value ---------------------------------------------------------------------------------------------------------
@@ -251,13 +252,17 @@ def _table_names(samples: Samples, rest: Sequence[str]) -> list[str]:
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> Figure:
-    width = 3 if len(names) <= MANY_COLUMNS else 1.3
-    figure = Figure(figsize=(width * len(names), 0.5 + 0.4 * len(rows)), layout="constrained")
+    cells = [[textwrap.fill(as_text(cell), LINE) for cell in row] for row in [names, *rows]]
+    heights = [0.15 + 0.15 * max(cell.count("\n") + 1 for cell in row) for row in cells]
+    widths = [
+        0.3 + 0.075 * max(len(line) for cell in column for line in cell.split("\n")) for column in zip(*cells, strict=True)
+    ]
+    figure = Figure(figsize=(sum(widths), sum(heights)), layout="constrained")
     axis = figure.subplots()
     axis.axis("off")
-    table = axis.table([[as_text(cell) for cell in row] for row in rows], colLabels=list(names), cellLoc="left", loc="center")
+    table = axis.table(cells, cellLoc="left", colWidths=widths, bbox=(0, 0, 1, 1))
     table.auto_set_font_size(False)
     table.set_fontsize(8)
-    for cell in table.get_celld().values():
-        cell.get_text().set_wrap(True)
+    for (row, _), cell in table.get_celld().items():
+        cell.set_height(heights[row])
     return figure

@@ -46,7 +46,7 @@ class TextSample:
         there = values.is_valid()
         self._add(texts_of_column(values.filter(there)), row_ids.filter(there).to_pylist())
 
-    def _add(self, texts: Sequence[str], row_ids: Sequence[Any]) -> None:
+    def _add(self, texts: Iterable[str], row_ids: Sequence[Any]) -> None:
         self.hashed += [
             (blake2b(str(row_id).encode(), digest_size=8).hexdigest(), text[:OF_ONE_TEXT])
             for text, row_id in zip(texts, row_ids, strict=True)
@@ -133,7 +133,7 @@ class EncodeSubwords(EncodeText):
     def pad_id(self) -> int:
         return self.pad
 
-    def ids_of(self, texts: Sequence[Text]) -> tuple[np.ndarray, np.ndarray]:
+    def ids_of(self, texts: Iterable[Text]) -> tuple[np.ndarray, np.ndarray]:
         tokenizer = _tokenizer(self.tokenizer)
         ids: list[np.ndarray] = [np.zeros(0, np.int32)]
         lengths: list[int] = []

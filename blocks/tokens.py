@@ -4,7 +4,7 @@ A text is a str, the path of a UTF-8 file, or a tuple of several fields. Ids are
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, ClassVar, Self
@@ -21,6 +21,7 @@ from blocks.transform import ItemTransform, Summary, Transform
 from blocks.words import PAD, SPECIAL_TOKENS, Text, count_tokens, detokenize, make_vocab, token_ids
 
 MAX_WORDS = 60_000
+AT_A_TIME = 1024  # texts
 
 
 # --- what is a text ----------------------------------------------------------------------------------------------------
@@ -60,13 +61,14 @@ def text_of(item: Any) -> Text:
     raise DataError(f"{item!r:.80} ({type(item).__name__}) is no text: a str, the path of a file, or a tuple of several texts")
 
 
-def texts_of_column(values: pa.Array) -> list[str]:
+def texts_of_column(values: pa.Array) -> Iterator[str]:
     """The texts of a whole column. DataError for one that has to be read item by item: that names the row."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     if values.null_count or not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
         raise DataError(f"{values.null_count} gaps in a column of {values.type}: a column of texts is wanted")
-    return values.to_pylist()
+    # A few at a time: as Python's strings they take memory once more.
+    return (text for start in range(0, len(values), AT_A_TIME) for text in values.slice(start, AT_A_TIME).to_pylist())
 
 
 # --- what the training part tells --------------------------------------------------------------------------------------
@@ -117,7 +119,7 @@ class EncodeText(ItemTransform, registered=False):
         """The id of padding."""
         return SPECIAL_TOKENS.index(PAD)
 
-    def ids_of(self, texts: Sequence[Text]) -> tuple[np.ndarray, np.ndarray]:
+    def ids_of(self, texts: Iterable[Text]) -> tuple[np.ndarray, np.ndarray]:
         """int32 ids (tokens,) of all texts and int64 offsets (texts + 1,): of text i `ids[offsets[i]:offsets[i + 1]]`."""
         raise NotImplementedError
 
@@ -181,7 +183,7 @@ class EncodeWords(EncodeText):
         self.__post_init__()
         return set()
 
-    def ids_of(self, texts: Sequence[Text]) -> tuple[np.ndarray, np.ndarray]:
+    def ids_of(self, texts: Iterable[Text]) -> tuple[np.ndarray, np.ndarray]:
         return token_ids(texts, self._index)
 
     def text_of_ids(self, ids: Sequence[int]) -> str:
