@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.transforms import Bbox
 
 from blocks.tensors import LabeledBBox, TensorBBox, TensorImage, TensorMask, TensorPoint, TensorSeries, TensorTabular
 from blocks.transform import dispatch
@@ -260,7 +261,7 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> Figure:
     figure = Figure(figsize=(sum(widths), sum(heights)), layout="constrained")
     axis = figure.subplots()
     axis.axis("off")
-    table = axis.table(cells, cellLoc="left", colWidths=widths, bbox=(0, 0, 1, 1))
+    table = axis.table(cells, cellLoc="left", colWidths=widths, bbox=Bbox.unit())
     table.auto_set_font_size(False)
     table.set_fontsize(8)
     for (row, _), cell in table.get_celld().items():
