@@ -66,7 +66,8 @@ def state_dict(learn: "Learner") -> dict[str, Any]:
         "schedule": schedule_to_plain(learn.schedule),
         "lr": [lr.start, lr.stop] if isinstance(lr, slice) else lr,
         "position": asdict(learn.position) | {"epoch_of_run": learn.epoch, "epochs_trained": learn.epochs_trained},
-        **_own_state(learn),
+        # Of a run that has stopped, as it was there: callbacks have heard its end since, and dropped what they no longer need.
+        **(learn._to_restore or _own_state(learn)),
         "epoch_generators": learn.epoch_generators,
     }
 

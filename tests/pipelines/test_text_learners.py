@@ -19,7 +19,7 @@ from pipelines.text_learners import (
     save_encoder,
     text_classifier_learner,
 )
-from training import gradual_unfreeze, load_predictor, word_importance
+from training import Callback, CancelFitException, gradual_unfreeze, load_predictor, word_importance
 
 CONFIG = {"emb_sz": 12, "n_hid": 16, "n_layers": 2}
 GOOD, BAD = ["good", "fine", "sweet", "tasty"], ["bad", "awful", "sour", "stale"]
@@ -104,6 +104,39 @@ def test_text_goes_on(lm_learn: Any) -> None:
     assert len(text.split()) == 5
     drawn = [lm_learn.predict("this tea", 30, seed=seed, top_k=5, no_repeat=2) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_an_exported_language_model_says_the_next_tokens(lm_learn: Any, tmp_path: Path) -> None:
+    predictor = load_predictor(lm_learn.export(tmp_path))
+    twice = [predictor.predict(["this tea", "it"])[0] for _ in range(2)]  # each from the beginning of a stream
+    assert twice[0].label == twice[1].label
+    assert "tea is" in twice[0].label
+
+
+class Breaks(Callback):
+    """Stops within the second epoch."""
+
+    def before_batch(self, learn: Any) -> None:
+        if learn.training and (learn.epoch, learn.iter) == (1, 17):
+            raise CancelFitException
+
+
+def test_stopped_within_an_epoch_it_goes_on_with_its_streams(lm_dls: DataLoaders, tmp_path: Path) -> None:
+    def fresh() -> Any:
+        torch.manual_seed(0)
+        return quiet(language_model_learner(lm_dls, config=CONFIG))
+
+    unbroken = fresh()
+    unbroken.fit_one_cycle(2, 0.01)
+    broken = fresh()
+    broken.add_cb(Breaks())
+    broken.fit_one_cycle(2, 0.01)
+    resumed = fresh()
+    resumed.load(broken.save(tmp_path / "state.pt"))
+    assert resumed.position.batch == 17
+    resumed.resume()
+    for name, weight in unbroken.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], weight), name
 
 
 def test_an_encoder_reads_another_vocabulary(class_dls: DataLoaders, encoder: Path) -> None:
