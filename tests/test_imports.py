@@ -1,6 +1,8 @@
 """The rooms of the house: who may import whom. Reads every import of every file, those inside functions as well."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,3 +44,13 @@ def test_every_package_is_checked() -> None:
 
 def test_no_package_among_the_tests() -> None:
     assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_a_name_costs_what_it_needs() -> None:
+    """`import training` loads no library, and a Learner none that draws, reads tables or pictures, or measures."""
+    code = (
+        "import sys, training; print('torch' in sys.modules); from training import Adam, Learner; "
+        "print([m for m in ('matplotlib', 'pandas', 'PIL', 'ray', 'torchmetrics', 'torchvision') if m in sys.modules])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert said.stdout == "False\n[]\n"

@@ -205,6 +205,14 @@ def test_only_the_given_callback_is_removed_not_one_like_it() -> None:
     assert len(stays.seen) > 1
 
 
+def test_a_callback_without_events_is_never_called() -> None:
+    """So it costs nothing: nobody looks for it when an event comes."""
+    learn = sgd_learner()
+    before = {event: list(listeners) for event, listeners in learn._listeners.items()}
+    learn.add_callback(Callback())
+    assert learn._listeners == before
+
+
 def test_a_callback_may_remove_itself_during_an_event() -> None:
     seen: list[int] = []
 

@@ -324,6 +324,7 @@ def test_auto_is_bfloat16_where_that_pays_and_says_so(
     pays: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("training.precision.bf16_pays", lambda device: pays)
+    assert not any(isinstance(c, MixedPrecision) for c in learner().callbacks)  # a Learner itself is float32
     found = precision_callbacks("auto", torch.device("cpu"))
     assert [c.name for c in found] == ["MixedPrecision", "ChannelsLast"] * pays
     assert ("bfloat16" in capsys.readouterr().out) == pays
