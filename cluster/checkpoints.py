@@ -11,6 +11,7 @@ raised a cancel would already wait for the others' votes while those wait for it
 
 import copy
 import io
+import json
 import math
 import time
 from collections.abc import Callable
@@ -21,11 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyarrow.fs import LocalFileSystem
+from pyarrow.fs import FileSelector, FileType, LocalFileSystem
 from torch import Tensor
 
 from blocks.errors import UserError
-from blocks.storage import get, writing
+from blocks.storage import filesystem, get, is_url, joined, put, writing
 from cluster.preemption import noticed
 from cluster.said import take_said
 from training import distributed
@@ -33,6 +34,7 @@ from training.callback import Callback
 from training.learner import Learner
 from training.state import OF_RANK, Position
 
+TRAIN = "train"  # Ray Train's folder in the run's
 SHARED = "learner.pt"
 NOTICED_SECONDS = 5.0  # how often while a node of the run is about to go
 BEST = "best.pt"  # in the run's folder: the whole state after the best epoch, for `learn.load`
@@ -57,6 +59,50 @@ def read_state(checkpoint: Any, rank: int, world: int | None = None) -> dict[str
 def _read(checkpoint: Any, name: str) -> dict[str, Any]:
     with checkpoint.filesystem.open_input_file(f"{checkpoint.path}/{name}") as file:
         return _from_bytes(file.read())
+
+
+def mend_list(folder: str) -> None:
+    """Have Ray Train go on with the run in `folder`, a path or a URL, whose list of checkpoints was cut short by a kill.
+
+    Train writes that file in place and refuses a run whose file is not whole (Ray 2.60). Then it is written anew, of the
+    checkpoints that are.
+    """
+    from ray.train import Checkpoint
+    from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME as LIST
+    from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState, _TrainingResultState
+
+    train = joined(folder, TRAIN) if is_url(folder) else f"{folder}/{TRAIN}"
+    try:
+        json.loads(get(train, LIST))
+    except FileNotFoundError:
+        return
+    except ValueError:
+        fs, path = filesystem(train) if is_url(train) else (LocalFileSystem(), train)
+    else:
+        return
+    names = sorted(info.base_name for info in fs.get_file_info(FileSelector(path)) if info.type == FileType.Directory)
+    whole = [_TrainingResultState(checkpoint_dir_name=n, metrics={}) for n in names if _is_whole(Checkpoint(f"{path}/{n}", fs))]
+    known = _CheckpointManagerState(
+        checkpoint_results=whole,
+        checkpoint_report_indices=list(range(len(whole))),
+        latest_checkpoint_result=whole[-1] if whole else None,
+        pending_training_results=[],
+        pending_validation_specs=[],
+        current_report_index=len(whole),
+        validated_checkpoint_dir_names=[],
+        timed_out_validation_checkpoint_dir_names=[],
+        failed_validation_checkpoint_dir_names=[],
+    )
+    put(train, LIST, known.json().encode())
+
+
+def _is_whole(checkpoint: Any) -> bool:
+    try:
+        for rank in range(read_state(checkpoint, rank=0)["world"]):
+            read_state(checkpoint, rank)
+    except Exception:  # noqa: BLE001  whatever torch raises of a file that is half there
+        return False
+    return True
 
 
 class Checkpoints(Callback):

@@ -7,12 +7,10 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2.api.result import Result
 
 from blocks.storage import shown
 from cluster.failures import raise_if_final
-from cluster.held import NAME
 from cluster.runs import RESTARTS
 from cluster.runtime import ResourceError, is_own, room
 from cluster.said import by_rank
@@ -53,27 +51,6 @@ class ToSpool(ray.train.UserCallback):
         self._broken = True
 
 
-class TellsOfGroups(WorkerGroupCallback):
-    """In a trial of a sweep: tells the sweep which placement groups the trial's workers hold (`cluster.held`)."""
-
-    def __init__(self, told: Any, trial: str):
-        self.told, self.trial = told, trial
-
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        state = worker_group.get_worker_group_state()
-        ray.get(self.told.add.remote(self.trial, state.placement_group_handle.placement_group))
-
-    @classmethod
-    def in_a_trial(cls) -> "TellsOfGroups | None":
-        """For the trial that this process runs; None in another one."""
-        from ray.tune.trainable.trainable_fn_utils import _in_tune_session  # private, and what Train itself asks
-
-        if not _in_tune_session():
-            return None
-        trial = ray.tune.get_context().get_trial_id()
-        return cls(ray.get_actor(NAME), trial)
-
-
 class InterruptibleTrainer(TorchTrainer):
     """A TorchTrainer whose `fit` answers Ctrl-C with KeyboardInterrupt, once its workers are gone.
 
@@ -91,11 +68,11 @@ class InterruptibleTrainer(TorchTrainer):
         # Two processes fewer: one frees what a dead driver held, which a Ray of one's own does by ending; the other
         # serves data sets, and there are none.
         # In a trial of a sweep the sweep frees it.
-        tells = TellsOfGroups.in_a_trial()
-        cleaned = is_own() or tells is not None
+        from ray.tune.trainable.trainable_fn_utils import _in_tune_session  # private, and what Train itself asks
+
+        cleaned = is_own() or _in_tune_session()
         unneeded = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if cleaned else set())
-        needed = [c for c in super()._create_default_callbacks() if type(c).__name__ not in unneeded]
-        return needed if tells is None else [*needed, tells]
+        return [c for c in super()._create_default_callbacks() if type(c).__name__ not in unneeded]
 
     def fit(self) -> Result:
         finished = threading.Event()

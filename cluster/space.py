@@ -241,6 +241,22 @@ def candidates(space: Any) -> list[Any]:
     return [space]
 
 
+def around_suggestion(space: Any, suggestion: float) -> Any:
+    """A space with its `around_lr_find`s, wherever they lie in it, as rates around what `lr_find` suggests."""
+
+    def inner(part: Any) -> Any:
+        return around_suggestion(part, suggestion)
+
+    match space:
+        case AroundLrFind():
+            return space.around(suggestion)
+        case Choice(options):
+            return type(space)(tuple(map(inner, options)))
+        case Call(function, arguments, keywords):
+            return Call(function, tuple(map(inner, arguments)), tuple((name, inner(a)) for name, a in keywords))
+    return space
+
+
 def inner_parts(space: Any) -> list[Any]:
     """What lies directly within a space: a choice's options, a call's arguments."""
     match space:

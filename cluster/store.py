@@ -24,6 +24,11 @@ PARAMS_A_CALL, METRICS_A_CALL = 100, 1000  # MLflow's limits
 LONGEST_PARAM, LONGEST_TAG = 6000, 5000
 ANSWER_SECONDS = 5.0
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+# What a database says that may say something else in a while: those whose drivers know `connect_timeout`.
+WAITS = {
+    "postgresql": ("timeout", "starting up", "shutting down", "recovery mode", "too many", "closed the connection"),
+    "mysql": ("timed out", "Too many", "shutdown", "Lost connection"),
+}
 BATCHED = {"metrics", "system", "tag"}  # sent together, in one request
 
 
@@ -180,7 +185,10 @@ def open_client(tracking: str) -> Any:
 
 
 def away(tracking: str) -> str | None:
-    """Why a server does not answer now; None when it does, or when the store is no server."""
+    """Why a server does not answer now; None when it does, or when the store is no server.
+
+    StoreError when it is a database that lets nobody in with these words.
+    """
     parts = urlsplit(tracking)
     scheme = parts.scheme.partition("+")[0]
     if parts.hostname is None or scheme not in PORTS:
@@ -191,6 +199,7 @@ def away(tracking: str) -> str | None:
             _ask(f"{scheme}://{parts.hostname}:{port}{parts.path.rstrip('/')}/health")
         else:
             socket.create_connection((parts.hostname, port), timeout=ANSWER_SECONDS).close()
+            _log_in(tracking, scheme)
     except OSError as error:
         return f"{shown(tracking)} does not answer: {getattr(error, 'reason', error)}"
     return None
@@ -206,6 +215,24 @@ def _ask(url: str) -> None:
     except urllib.error.URLError as error:
         if not isinstance(error.reason, ssl.SSLError):  # it answers, and MLflow has settings of its own for certificates
             raise
+
+
+def _log_in(tracking: str, scheme: str) -> None:
+    # MLflow itself tries a database that refuses a password for 100 seconds, and one that says nothing for ever.
+    if scheme not in WAITS:
+        return
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import OperationalError
+    from sqlalchemy.pool import NullPool
+
+    engine = create_engine(tracking, poolclass=NullPool, connect_args={"connect_timeout": int(ANSWER_SECONDS)})
+    try:
+        engine.connect().close()
+    except OperationalError as error:
+        reason = first_line(error.orig or error)
+        if any(word in reason for word in WAITS[scheme]):
+            raise OSError(reason) from None
+        raise unusable(tracking, reason) from error
 
 
 def _settle_mlflow() -> None:

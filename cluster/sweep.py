@@ -15,7 +15,7 @@ from cluster.recording import ONLY_WHAT_ALWAYS_IS, Recording
 from cluster.runs import Run, finish_run, new_run_folder, write_run
 from cluster.runtime import check_resources, start_ray
 from cluster.schedulers import PAUSING, check_words, drawn_at_once
-from cluster.space import AroundLrFind, candidates, ranges, space_words
+from cluster.space import AroundLrFind, around_suggestion, candidates, ranges, space_words
 from cluster.spool import ORDER, SPOOL, name_in
 from cluster.swept import Swept, space_text
 from cluster.tracking import Tracker, start_run
@@ -168,10 +168,10 @@ def _most_epochs(make: RecipeFunction, values: Mapping[str, list[Any]]) -> int:
 
 def _around_lr_find(spaces: dict[str, Any], learn: Learner, say: Say) -> dict[str, Any]:
     # Where lr_find says the rates are: run once, on the first trial's Learner.
-    if not any(isinstance(s, AroundLrFind) for s in spaces.values()):
+    if not any(isinstance(s, AroundLrFind) for space in spaces.values() for s in ranges(space)):
         return spaces
     suggestion = learn.lr_find().suggestions["valley"]
-    found = {name: s.around(suggestion) if isinstance(s, AroundLrFind) else s for name, s in spaces.items()}
+    found = {name: around_suggestion(space, suggestion) for name, space in spaces.items()}
     changed = " ".join(f"{name}={space_words(s)}" for name, s in found.items() if s != spaces[name])
     say(f"lr_find: suggests {suggestion:.4g}, so {changed}")
     return found

@@ -23,6 +23,7 @@ from training.schedule import as_words
 AWAY_SECONDS = 15.0  # before a store that is away is asked again
 LAST_TRIES = 3
 END_SECONDS = 20.0  # after Ctrl-C
+HANG_SECONDS = 120.0  # a store that takes nothing for so long is not waited for: what is left is sent by another command
 
 
 class Tracker:
@@ -48,17 +49,25 @@ class Tracker:
 
     def opened(self, say: Callable[[str], None] = print) -> None:
         """Wait until the store is open, or known to be away, which is said. StoreError when it cannot be used."""
-        self._opened.wait()
+        if not self._opened.wait(HANG_SECONDS):
+            say(f"records: {self._hangs()}; they are kept, and sent when it does")
         if self._unusable is not None:
             raise self._unusable
         if self._sender.away:
             say(f"records: {self._sender.away}; they are kept, and sent when it does")
 
     def close(self) -> None:
-        """Send what is left and end the thread."""
+        """Send what is left and end the thread; at most `HANG_SECONDS` beyond the last that the store took."""
         self._finished.set()
         try:
-            self._thread.join()
+            moved, sent = time.monotonic(), self._sender.sent.position
+            while self._thread.is_alive():
+                self._thread.join(timeout=POLL_SECONDS)
+                if self._sender.sent.position != sent:
+                    moved, sent = time.monotonic(), self._sender.sent.position
+                if time.monotonic() - moved > HANG_SECONDS:  # a call into a database that never answers cannot be ended
+                    self._sender.refused = self._sender.refused or self._hangs()
+                    return
         except KeyboardInterrupt:  # how the run ended is still to be sent
             self._thread.join(timeout=END_SECONDS)
             raise
@@ -88,6 +97,9 @@ class Tracker:
         """The address of a run's model, once it was sent."""
         known = self._sender.sent.runs.get(run)
         return f"models:/{known.model}" if known and known.model else None
+
+    def _hangs(self) -> str:
+        return f"{shown(self._sender.tracking)} does not answer"
 
     def _work(self) -> None:
         # Whatever goes wrong in this thread is told by `opened` or `trouble`: raised here, nobody would hear of it.

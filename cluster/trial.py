@@ -163,7 +163,7 @@ def error_line(error: BaseException) -> str:
     from ray.exceptions import RayActorError
 
     if isinstance(error, RayActorError):
-        return "its process died"
+        return "its process died: killed, perhaps for the memory it took, or crashed; such a trial is not begun again"
     said = next(iter(str(error).strip().splitlines()), "")
     own, found = own_frame(error), failure_of(error)
     where = f"{own.filename}:{own.lineno}" if own else f"{found.file}:{found.line}" if found and found.file else ""

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.held import Held, left_free
+from cluster.held import left_free
 from cluster.live import LiveTable, Say
 from cluster.schedulers import Before, searched, tune_scheduler
 from cluster.space import Draws, Space, settled
@@ -73,9 +73,8 @@ def run_trials(search: Search, say: Say) -> list[Trial]:
     with ExitStack() as stack:
         table = stack.enter_context(LiveTable(search.metric, search.mode, say))
         stack.enter_context(_seeded(search.seed))
-        stack.enter_context(left_free())
-        held = stack.enter_context(Held()) if search.trial.workers > 1 else None
-        watch = make_watch(search, memory, table, held)
+        stack.enter_context(left_free(nested=search.trial.workers > 1, say=say))
+        watch = make_watch(search, memory, table)
         tuner = tune.Tuner(
             tune.with_resources(partial(run_trial, trial=search.trial), _resources(search)),
             param_space=space,
@@ -250,7 +249,7 @@ def as_itself(error: BaseException) -> BaseException:
     return cloudpickle.loads(error.content) if isinstance(error, TrialError) else error
 
 
-def make_watch(search: Search, memory: Memory, table: LiveTable, held: Held | None) -> Any:
+def make_watch(search: Search, memory: Memory, table: LiveTable) -> Any:
     """Ray Tune's callback that runs on the driver: each trial is shown, remembered, and a child run of the sweep's."""
     from ray import tune
 
@@ -287,8 +286,7 @@ def make_watch(search: Search, memory: Memory, table: LiveTable, held: Held | No
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             number = self.number(trial)
             whole = memory.trials[number].epochs == total_epochs(search.trial.recipe(memory.draws[number]).schedule)
-            if held is not None:
-                held.free(trial.trial_id)
+            if search.trial.workers > 1:
                 state = newest_state(search.trial.training_folder(number))
             else:
                 state = Path(trial.checkpoint.path) if trial.checkpoint else None
@@ -298,8 +296,6 @@ def make_watch(search: Search, memory: Memory, table: LiveTable, held: Held | No
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             number = self.number(trial)
-            if held is not None:
-                held.free(trial.trial_id)
             now = memory.end(number, "failed", error=_error_of(trial))
             append(spool, "tag", _run(number), key="fastray.error", value=now.error)
             append(spool, "end", _run(number), status="FAILED")

@@ -15,7 +15,7 @@ import torch
 from blocks.errors import UserError
 from blocks.feed import Feed
 from blocks.storage import filesystem, is_url, shown
-from cluster.checkpoints import Checkpoints, SaveHere, read_state
+from cluster.checkpoints import TRAIN, Checkpoints, SaveHere, mend_list, read_state
 from cluster.data import map_on_ray
 from cluster.failures import as_final, bringing_home, cannot_travel
 from cluster.places import places
@@ -159,6 +159,8 @@ class InFolder:
             self._run_here(learn, schedule, lr)
             return
         self.workers._find_resources()
+        if self.resumed:
+            mend_list(self.folder)
         prepared = getattr(learn.dls, "prepared", None)
         if prepared is None or prepared.others is None:  # else each node computes what it is going to read
             compute_ahead(learn, schedule, map_on_ray)
@@ -256,7 +258,7 @@ def _trained_state(
             num_workers=workers.number, use_gpu=workers.gpu, elastic_resize_monitor_interval_s=RESIZE_SECONDS
         ),
         run_config=RunConfig(
-            name="train",
+            name=TRAIN,
             storage_path=path,
             storage_filesystem=storage,
             callbacks=[ToSpool(**to_spool)],

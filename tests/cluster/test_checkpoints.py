@@ -11,7 +11,7 @@ from torch import nn
 from blocks import DataLoaders
 from blocks.errors import UserError
 from cluster import checkpoints
-from cluster.checkpoints import SHARED, Checkpoints, SaveHere, file_of
+from cluster.checkpoints import SHARED, Checkpoints, SaveHere, file_of, mend_list
 from training import Callback, Learner
 
 STORAGE = "memory://runs/a"  # Arrow alone does not know of it
@@ -95,3 +95,30 @@ def test_what_could_not_be_read_again_is_not_written(reported: Any, tmp_path: Pa
         for one in (Checkpoints(STORAGE, None, None), here):
             with pytest.raises(UserError, match=f"the state of a callback .* has .*, a {type(kept).__name__}"):
                 one.save(learn)
+
+
+def test_a_list_of_checkpoints_that_was_cut_short_is_written_anew(tmp_path: Path) -> None:
+    """Of those that are whole: the killed process may have left one of them in pieces as well."""
+    from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
+
+    train = tmp_path / "train"
+    for number in range(3):
+        folder = train / f"epoch-{number:04d}-batch-000000"
+        folder.mkdir(parents=True)
+        torch.save({"world": 2}, folder / SHARED)
+        for rank in range(2):
+            torch.save({}, folder / file_of(rank))
+    torn = folder / file_of(1)
+    torn.write_bytes(torn.read_bytes()[:100])
+    listed = train / "checkpoint_manager_snapshot.json"
+    mend_list(str(tmp_path))
+    assert not listed.exists()
+    for content in (b"", b'{"ray_version": "2.6'):
+        listed.write_bytes(content)
+        mend_list(str(tmp_path))
+        known = _CheckpointManagerState.parse_raw(listed.read_bytes())
+        assert [c.checkpoint_dir_name[:10] for c in known.checkpoint_results] == ["epoch-0000", "epoch-0001"]
+        assert known.latest_checkpoint_result == known.checkpoint_results[-1]
+    written = listed.read_bytes()
+    mend_list(str(tmp_path))
+    assert listed.read_bytes() == written

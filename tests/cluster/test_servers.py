@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import threading
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from cluster.models import load_model
 from cluster.places import places
 from cluster.recording import Recording
 from cluster.spool import SPOOL, append, append_epoch
-from cluster.store import StoreError
+from cluster.store import StoreError, away
 from cluster.tracking import Tracker, start_run
 from cluster.train import record_data, record_model, tags_of
 from training import Learner, torchvision_classifier
@@ -69,12 +70,25 @@ def test_postgresql(own_places: Path, learn: Learner, few_digits: Path, monkeypa
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         tracker = record_a_run(own_places / "runs" / "r", learn)
         check_run(tracker, learn, next((few_digits / "1").iterdir()))
+        with pytest.raises(StoreError, match="elsewhere") as refused:  # at once, as a wrong password is
+            away(address.replace("/postgres", "/elsewhere"))
+        assert "secret" not in str(refused.value)
     with Tracker(own_places / "runs" / "r" / SPOOL, address, "tests") as again:  # the database is gone
         append_epoch(own_places / "runs" / "r" / SPOOL, "r", {"epoch": 2, "train/m0": 1.0})
     assert again.trouble is not None
     assert "does not answer" in again.trouble
     assert "secret" not in again.trouble
     assert "secret" not in "".join(f.read_text() for f in (own_places / "runs" / "r").glob("*.json*"))
+
+
+def test_a_database_that_takes_calls_and_never_answers_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("psycopg", reason="psycopg is not installed")
+    monkeypatch.setattr("cluster.store.ANSWER_SECONDS", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        found = away(f"postgresql://fastray:secret@127.0.0.1:{silent.getsockname()[1]}/postgres")
+    assert found is not None
+    assert found.startswith("postgresql://***@127.0.0.1")
+    assert "does not answer" in found
 
 
 def test_a_server_with_a_password(

@@ -221,7 +221,7 @@ def test_an_epoch_has_the_settings_it_was_trained_with(tmp_path: Path) -> None:
     mine, others = drawn_at_once(SPACE, "random", 2, seed=7)
     search = search_in(tmp_path)
     memory, said = Memory(search), list[str]()
-    watch = make_watch(search, memory, LiveTable("valid/accuracy", "max", said.append), None)
+    watch = make_watch(search, memory, LiveTable("valid/accuracy", "max", said.append))
     ray_trial = SimpleNamespace(trial_id="t", config={"trial": {"number": 0, "draws": mine}})
     watch.on_trial_start(1, [ray_trial], ray_trial)
     ray_trial.config = {"trial": {"number": 1, "draws": others}}
@@ -340,6 +340,9 @@ def test_rates_lie_around_what_lr_find_suggests(few_digits: Path) -> None:
     assert 1e-5 < found.low < found.high < 10
     assert said[0].startswith("lr_find: suggests")
     assert _around_lr_find({"lr": 0.1}, learn, pytest.fail) == {"lr": 0.1}
+    inner = _around_lr_find({"lr": choice(around_lr_find(), 0.5)}, learn, said.append)["lr"]
+    assert inner.options[0].high / inner.options[0].low == pytest.approx(100)
+    assert inner.options[1] == 0.5
 
 
 def test_a_range_of_what_changes_the_data_is_refused(ray_running: None) -> None:

@@ -176,3 +176,18 @@ def test_the_store_has_an_absolute_address(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
     assert places().tracking == expected.format(home=own_places)
+
+
+def test_a_store_that_hangs_is_not_waited_for_for_ever(own_places: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it did not take is told, and stays in the spool."""
+    spool, answers = own_places / "spool.jsonl", threading.Event()
+    monkeypatch.setattr("cluster.store.Store.send", lambda *_: answers.wait())
+    tracker = Tracker(spool, store, "tests")
+    tracker.opened(pytest.fail)
+    monkeypatch.setattr("cluster.tracking.HANG_SECONDS", 0.5)
+    start_run(spool, "r", "the run", {})
+    tracker.close()
+    assert tracker.trouble is not None
+    assert "does not answer" in tracker.trouble
+    answers.set()
+    tracker._thread.join()

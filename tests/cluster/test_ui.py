@@ -99,9 +99,7 @@ def test_a_sweep_in_the_browser(browser_page: Any, printed_page: str, sweep: Pat
     browser_page.get_by_text("Artifacts", exact=True).click()
     browser_page.get_by_text("pictures", exact=True).click()
     browser_page.get_by_text("batch.png").click()
-    picture = browser_page.get_by_role("img").filter(visible=True).last
-    picture.wait_for()
-    assert picture.evaluate("image => image.naturalWidth") > 100
+    browser_page.wait_for_function("[...document.images].some(image => image.naturalWidth > 100)")
 
 
 def test_the_address_of_a_run(sweep: Path, own_places: Path) -> None:
