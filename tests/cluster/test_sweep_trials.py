@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from cluster import Recording, call, choice, grid, loguniform, resume_sweep, sweep
 from cluster.held import left_free
 from cluster.runs import RUN_FILE, read_run
-from cluster.runtime import ResourceError
+from cluster.runtime import ResourceError, start_ray, stop_ray
 from cluster.space import NAMES
 from cluster.swept import Swept
 from training.expressions import read_expression
@@ -162,10 +162,10 @@ def test_population_based_training_takes_over_weights_and_mutates_rates(space: d
 @pytest.mark.parametrize(
     ("scheduler", "search"),
     [
-        ("asha", "optuna"),
+        ("asha", "random"),
+        ("none", "optuna"),
         pytest.param("median", "random", marks=pytest.mark.slow),
         pytest.param("hyperband", "random", marks=pytest.mark.slow),
-        pytest.param("none", "optuna", marks=pytest.mark.slow),
     ],
 )
 def test_each_scheduler_and_search(scheduler: str, search: str, space: dict[str, Any]) -> None:
@@ -185,6 +185,32 @@ def test_more_workers_than_there_are_processors_is_an_error_at_once(space: dict[
 
 
 def test_trials_of_several_workers_leave_nothing_when_they_are_stopped_or_fail(space: dict[str, Any]) -> None:
+    some_stop_and_some_fail(space)
+
+
+@pytest.fixture
+def other_ray(ray_running: None) -> Iterator[None]:
+    """In the place of the session's Ray, one with a dashboard and a resource of its own kind."""
+    import ray
+
+    stop_ray()
+    ray.init("local", num_cpus=4, resources={"special": 2}, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 4}')
+        start_ray()
+
+
+@pytest.mark.slow
+def test_nothing_is_left_with_a_dashboard_and_other_resources(other_ray: None, space: dict[str, Any]) -> None:
+    some_stop_and_some_fail(space)
+    import ray
+
+    assert ray.cluster_resources()["special"] == 2  # of which `nothing_is_held` looks whether they are free
+
+
+def some_stop_and_some_fail(space: dict[str, Any]) -> None:
     drawn = {"lr": grid(3e-2, 1e-5), "how": grid("well", "raise"), "schedule": flat(3), "batch_size": 30}
     found = sweep(toy, space | drawn, trials=1, scheduler="asha", workers=2, say=quiet)
     by_settings = {(t.drawn["lr"], t.drawn["how"]): t for t in found.trials}
