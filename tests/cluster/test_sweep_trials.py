@@ -63,38 +63,29 @@ def quiet(line: str) -> None:
     pass
 
 
-class MakesAGroup:
-    """Holds two CPUs, as a controller of Train's does for its workers, and ends. After: once this group is removed."""
-
-    def make(self, after: Any = None) -> None:
-        from ray.util.placement_group import placement_group
-
-        while after is not None and state_of(after) != "REMOVED":
-            time.sleep(0.01)
-        placement_group([{"CPU": 1}, {"CPU": 1}]).wait(60)
-        os._exit(0)
-
-
-def state_of(group: Any) -> str:
-    from ray.util.placement_group import placement_group_table
-
-    return str(placement_group_table(group)["state"])
-
-
 def test_a_group_is_freed_where_its_maker_died_and_where_it_is_made_after_the_end(ray_running: None) -> None:
     """The second is what a controller does that sees its workers go, and does not know yet that it is to go as well."""
     import ray
-    from ray.util.placement_group import placement_group
+    from ray.util.placement_group import placement_group, placement_group_table
 
-    maker = ray.remote(num_cpus=0)(MakesAGroup)
+    def is_there(group: Any) -> bool:
+        return bool(placement_group_table(group)["state"] != "REMOVED")
+
+    @ray.remote(num_cpus=0)
+    class Maker:
+        def make(self, after: Any = None) -> None:
+            while after is not None and is_there(after):
+                time.sleep(0.01)
+            placement_group([{"CPU": 1}, {"CPU": 1}]).wait(60)
+            os._exit(0)
+
     with left_free(nested=True):
         with pytest.raises(ray.exceptions.RayActorError):
-            ray.get(maker.remote().make.remote())
+            ray.get(Maker.remote().make.remote())
         nothing_is_held()
-        own = placement_group([{"CPU": 1}])
-        late = maker.remote()
+        own, late = placement_group([{"CPU": 1}]), Maker.remote()
         late.make.remote(own)
-    assert state_of(own) == "REMOVED"
+    assert not is_there(own)
     nothing_is_held()
 
 
