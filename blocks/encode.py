@@ -98,6 +98,8 @@ def column_values(column: Column, rows: Rows, transforms: Sequence[Transform]) -
         return None
     for t in transforms:
         values = t.encodes_column(values)  # type: ignore[attr-defined]
+        if values is None:
+            return None
     return values
 
 

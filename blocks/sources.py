@@ -466,12 +466,28 @@ def _lines(separator: str) -> pacsv.ParseOptions:
 def _parsed(data: bytes, separator: str, names: list[str], schema: pa.Schema = None) -> pa.Table:
     if not data.strip(b"\r\n"):  # what Arrow takes for no CSV at all
         return pa.Table.from_arrays([pa.nulls(0)] * len(names), names)
-    return pacsv.read_csv(
-        pa.BufferReader(data),
-        pacsv.ReadOptions(column_names=names, block_size=max(len(data), 1)),
-        _lines(separator),
-        pacsv.ConvertOptions(strings_can_be_null=True, column_types=schema),
-    )
+    try:
+        return pacsv.read_csv(
+            pa.BufferReader(data),
+            pacsv.ReadOptions(column_names=names, block_size=max(len(data), 1)),
+            _lines(separator),
+            pacsv.ConvertOptions(strings_can_be_null=True, column_types=schema),
+        )
+    except pa.ArrowInvalid as error:
+        line = next((line for line in data.splitlines() if not _is_utf8(line)), None)
+        if line is None:
+            raise
+        raise pa.ArrowInvalid(
+            f"the line {line[:80]!r} is not UTF-8: convert the file, as in iconv -f latin1 -t utf-8"
+        ) from error
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _common(one: pa.Schema, other: pa.Schema) -> pa.Schema:

@@ -3,6 +3,7 @@
 What a tokenizer is, its JSON says; that is the fitted state, so an export carries it and needs no file of its own.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 import numpy as np
 import pyarrow as pa
 
-from blocks.errors import DataError, UserError
-from blocks.tokens import EncodeText, text_of, texts_of_column
+from blocks.errors import DataError, UnreadableRow, UserError
+from blocks.tokens import EncodeText, text_of
 from blocks.transform import Summary
 from blocks.words import BOS, SPECIAL_TOKENS, UNK, Text, in_chunks
 
@@ -40,19 +41,15 @@ class TextSample:
     in_order: int = field(default=0, compare=False, repr=False)  # how many there were when they were last sorted and cut
 
     def observe(self, value: Any, row_id: Any) -> None:
-        self._add([joined(text_of(value))], [row_id])
-
-    def observe_column(self, values: pa.Array, row_ids: pa.Array) -> None:
-        there = values.is_valid()
-        self._add(texts_of_column(values.filter(there)), row_ids.filter(there).to_pylist())
-
-    def _add(self, texts: Iterable[str], row_ids: Sequence[Any]) -> None:
-        self.hashed += [
-            (blake2b(str(row_id).encode(), digest_size=8).hexdigest(), text[:OF_ONE_TEXT])
-            for text, row_id in zip(texts, row_ids, strict=True)
-        ]
+        text = joined(text_of(value))[:OF_ONE_TEXT]
+        self.hashed.append((blake2b(str(row_id).encode(), digest_size=8).hexdigest(), text))
         if len(self.hashed) > 1000 + 2 * self.in_order:
             self._prune()
+
+    def observe_column(self, values: pa.Array, row_ids: pa.Array) -> None:
+        for value, row_id in zip(values.to_pylist(), row_ids.to_pylist(), strict=True):
+            with contextlib.suppress(UnreadableRow):
+                self.observe(value, row_id)
 
     @property
     def texts(self) -> list[str]:

@@ -3,6 +3,7 @@
 A text is a str, the path of a UTF-8 file, or a tuple of several fields. Ids are int32 in the store, int64 in a batch.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -61,14 +62,25 @@ def text_of(item: Any) -> Text:
     raise DataError(f"{item!r:.80} ({type(item).__name__}) is no text: a str, the path of a file, or a tuple of several texts")
 
 
-def texts_of_column(values: pa.Array) -> Iterator[str]:
-    """The texts of a whole column. DataError for one that has to be read item by item: that names the row."""
+def texts_of_column(values: pa.Array) -> Iterator[str] | None:
+    """The texts of a whole column; None for one with gaps, or of anything else, which has to be read item by item."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     if values.null_count or not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
-        raise DataError(f"{values.null_count} gaps in a column of {values.type}: a column of texts is wanted")
+        return None
     # A few at a time: as Python's strings they take memory once more.
     return (text for start in range(0, len(values), AT_A_TIME) for text in values.slice(start, AT_A_TIME).to_pylist())
+
+
+def readable_texts(values: pa.Array) -> Iterator[Text]:
+    """The texts of a column that can be read; the others are named when they are encoded."""
+    whole = texts_of_column(values)
+    if whole is not None:
+        yield from whole
+        return
+    for value in values.to_pylist():
+        with contextlib.suppress(UnreadableRow):
+            yield text_of(value)
 
 
 # --- what the training part tells --------------------------------------------------------------------------------------
@@ -84,7 +96,7 @@ class TokenCounts:
         self.counts.update(count_tokens([text_of(value)]))
 
     def observe_column(self, values: pa.Array, row_ids: pa.Array) -> None:
-        self.counts.update(count_tokens(texts_of_column(values.drop_null())))
+        self.counts.update(count_tokens(readable_texts(values)))
 
     def merge(self, other: Self) -> None:
         self.counts.update(other.counts)
@@ -131,8 +143,11 @@ class EncodeText(ItemTransform, registered=False):
         ids, _ = self.ids_of([text_of(x)])
         return torch.from_numpy(ids[::-1].copy() if self.backwards else ids).as_subclass(TensorText)
 
-    def encodes_column(self, values: pa.Array) -> pa.LargeListArray:
-        ids, offsets = self.ids_of(texts_of_column(values))
+    def encodes_column(self, values: pa.Array) -> pa.LargeListArray | None:
+        texts = texts_of_column(values)
+        if texts is None:
+            return None
+        ids, offsets = self.ids_of(texts)
         if self.backwards:
             ends = offsets[:-1] + offsets[1:] - 1
             ids = ids[np.repeat(ends, np.diff(offsets)) - np.arange(len(ids))]

@@ -54,11 +54,11 @@ class ColumnSummary(Protocol):
 class ColumnTransform(Protocol):
     """The vectorised face of a Transform: the same as `encodes` of each value, for a whole Arrow column.
 
-    Gives an array with a row for each value (of ragged ones a LargeListArray), or a tuple of them; `blocks.testing` holds the
-    two faces equal.
+    Gives an array with a row for each value (of ragged ones a LargeListArray), or a tuple of them; None where the values have
+    to be encoded one by one, so that some can be left out. `blocks.testing` holds the two faces equal.
     """
 
-    def encodes_column(self, values: "pa.Array") -> "pa.Array | np.ndarray | tuple[np.ndarray, ...]": ...
+    def encodes_column(self, values: "pa.Array") -> "pa.Array | np.ndarray | tuple[np.ndarray, ...] | None": ...
 
 
 @dataclasses.dataclass

@@ -78,7 +78,8 @@ def example_in(folder: Path) -> Path:
 
 
 def read_items(file: Path, inputs: Mapping[str, bool]) -> "pd.DataFrame":
-    """A table of items, a row each: from a JSON, CSV or Parquet file, or of one picture. UserError when it lacks a column.
+    """A table of items, a row each: from a JSON, CSV or Parquet file, or of one picture or one text. UserError when it lacks a
+    column.
 
     inputs: as `inputs_of` gives them.
     """
@@ -88,6 +89,10 @@ def read_items(file: Path, inputs: Mapping[str, bool]) -> "pd.DataFrame":
     if file.suffix not in TABLES and names == ["image"]:
         return pd.DataFrame({"image": [file.read_bytes()]})
     match file.suffix:
+        case ".txt" if list(inputs.values()) == [False]:
+            from blocks.tokens import read_text
+
+            return pd.DataFrame({names[0]: [read_text(file)]})
         case ".json":
             table = pd.DataFrame(json.loads(file.read_text(encoding="utf-8")))
         case ".csv":

@@ -276,3 +276,16 @@ def test_odd_texts_are_read_or_named(text: Any, length: Any) -> None:
     dls = classified(items)
     rows = {row: x for batch in dls.train for row, x in zip(batch.ids, batch[0], strict=True)}
     assert int((rows["5"] != 1).sum()) == length
+
+
+def test_a_table_in_another_encoding_names_the_line(tmp_path: Path) -> None:
+    lines = [f"{r},{y},{str(v).lower()}" for r, y, v in reviews(20).replace(",", "", regex=True).itertuples(index=False)]
+    lines[4] = "caf\xe9,good,false"
+    (tmp_path / "latin.csv").write_bytes("\n".join(["review,label,valid", *lines]).encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.csv' cannot be read: the line b'caf.xe9,good,false' is not UTF-8"):
+        classified(tmp_path / "latin.csv")
+
+
+def test_numbers_are_no_texts() -> None:
+    with pytest.raises(DataError, match=r"0 .int. is no text"):
+        classified(reviews(20).assign(review=range(20)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from blocks import DataError, UserError, text_tfm, text_vocab
+from cluster.scoring import said_of
 from cluster.train import new_learner
 from pipelines import text
 from pipelines.examples import pydoc_topics, reviews_table
@@ -61,6 +62,8 @@ def test_own_reviews_are_learned_shown_and_exported(tmp_path: Path) -> None:
     assert [p.label for p in found[:2]] == ["good", "bad"]
     torch.testing.assert_close(learn.predict("great food").activations, found[0].activations)
     assert predictor.vocab == ("bad", "good")
+    (tmp_path / "said.txt").write_text("great food", encoding="utf-8")
+    assert said_of(predictor, tmp_path / "said.txt")[0].startswith("good")
 
 
 def test_an_export_carries_its_subwords(tmp_path: Path) -> None:
