@@ -9,6 +9,7 @@ learn.predict(df.temp[-48:]).decoded         # the next 24
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -62,6 +63,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 WINDOWS_TO_LOOK_AT = 100_000
+UNITS = tuple(timedelta(**{unit: 1}) for unit in ("days", "hours", "minutes", "seconds"))
+NEARLY = 0.02
 CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"inception_time": inception_time, "resnet1d": resnet1d}
 
 # --- classes -----------------------------------------------------------------------------------------------------------
@@ -246,9 +249,7 @@ def regular(rows: "pd.DataFrame", time: str, values: list[str], of: str) -> np.n
     if len(times) < 3:
         raise DataError(f"the series{of} has {len(times)} rows: there is nothing to learn from them")
     ordered = rows.set_index(times)[values].sort_index()
-    distances = ordered.index.to_series().diff().iloc[1:]
-    step = distances.median()
-    places = np.asarray((ordered.index - ordered.index[0]) / step, np.float64).round().astype(np.int64)
+    places, step = _places(ordered.index)
     together = len(places) - len(np.unique(places))
     if together:
         warnings.warn(f"{together} rows{of} share a step of {step} with a later one, which counts", stacklevel=2)
@@ -259,6 +260,23 @@ def regular(rows: "pd.DataFrame", time: str, values: list[str], of: str) -> np.n
         odd = ", ".join(repr(v) for v in values if not is_number_column(rows[v]))
         raise DataError(f"the column {odd}{of} holds no numbers: {error}") from error
     return pd.DataFrame(found).ffill().to_numpy()
+
+
+def _places(times: Any) -> tuple[np.ndarray, Any]:
+    # The number of the step that each of some ordered times is nearest to, int64, and how long a step is: the usual distance,
+    # which is a whole number of months, days, hours, minutes or seconds where it nearly is one.
+    import pandas as pd
+
+    step = times.to_series().diff().iloc[1:].median()
+    since = times - times[0]
+    if isinstance(step, pd.Timedelta):
+        if step >= pd.Timedelta(days=28):  # months are of several lengths
+            months = round(step / pd.Timedelta(days=30.44))
+            since, step = pd.Index(12 * times.year + times.month), months
+            since = since - since[0]
+        else:
+            step = next((n * u for u in UNITS if (n := round(step / u)) and abs(step / (n * u) - 1) < NEARLY), step)
+    return np.asarray(since / step, np.float64).round().astype(np.int64), step
 
 
 def forecast_dataloaders(

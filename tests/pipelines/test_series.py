@@ -14,7 +14,15 @@ from blocks.tensors import as_plain
 from cluster.train import new_learner
 from pipelines.backtest import backtest, plot_backtest
 from pipelines.recipes import find_recipe
-from pipelines.series import forecast_block, forecast_dataloaders, forecast_learner, series_block, series_learner, series_pieces
+from pipelines.series import (
+    forecast_block,
+    forecast_dataloaders,
+    forecast_learner,
+    regular,
+    series_block,
+    series_learner,
+    series_pieces,
+)
 from training import accuracy, load_predictor, one_cycle
 
 there = importlib.util.find_spec("vega_datasets") is not None
@@ -94,6 +102,16 @@ def test_rows_that_share_a_step_are_told() -> None:
     with pytest.warns(UserWarning, match=r"1 rows share a step of 1\.0 with a later one"):
         (piece, *_) = series_pieces(frame, "when", ["tide"], None, 2, 0.0)
     assert piece["values"][:, 0].tolist() == [0, 1, 3, 4, 5]
+
+
+@pytest.mark.parametrize("freq", ["MS", "ME", "QS", "YS", "W", "D", "h", "15min"])
+def test_equal_steps_of_calendars_and_clocks(freq: str) -> None:
+    """Months and years of several lengths are a step each, and clocks that are a little off do not drift away."""
+    when = pd.date_range("1970-01-31", periods=200, freq=freq)
+    off = np.random.default_rng(0).normal(0, 0.02, 200) * (when[1] - when[0])
+    frame = pd.DataFrame({"when": when if freq[-1] in "SE" else when + off, "tide": np.arange(200.0)}).drop(index=[50, 51])
+    found = regular(frame, "when", ["tide"], "")[:, 0]
+    assert found.tolist() == [49 if i in (50, 51) else i for i in range(200)]
 
 
 def test_rows_of_no_series_are_told() -> None:
