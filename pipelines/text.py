@@ -116,6 +116,7 @@ def lm_dataloaders(dls: DataLoaders, seq_len: int = 72, batch_size: int | None =
 # --- recipes -----------------------------------------------------------------------------------------------------------
 
 SMALL: Mapping[str, int] = {"emb_sz": 128, "n_hid": 256, "n_layers": 2}  # of an AWD-LSTM: minutes on a few cores
+LM_DROP = 0.15  # so few epochs do not overfit: they learn more, and at higher rates, with little dropout
 
 
 @recipe
@@ -146,8 +147,8 @@ def reviews(
 def ulmfit(
     *,
     tokenizer: Tokens = "words",
-    lm_epochs: PositiveInt = 8,
-    lm_lr: PositiveFloat = 5e-3,
+    lm_epochs: PositiveInt = 4,
+    lm_lr: PositiveFloat = 2e-2,
     lr: PositiveFloat = 1e-2,
     schedule: Schedule = gradual_unfreeze(2),
     batch_size: BatchSize = 32,
@@ -187,7 +188,7 @@ def docs_lm(
     return Recipe(
         block=text_block(tokenizer=tokenizer, seq_len=seq_len, splitter=RandomSplitter(0.2, seed=seed)),
         source=pydoc_topics,
-        learner=partial(language_model_learner, config=SMALL, drop_mult=0.3),
+        learner=partial(language_model_learner, config=SMALL, drop_mult=LM_DROP),
         lr=lr,
         schedule=schedule,
         batch_size=batch_size,
@@ -241,7 +242,7 @@ def _from_language_model(dls: DataLoaders, epochs: int, lr: float, seed: int) ->
     key = fingerprint(dls.prepared.fingerprint, getattr(dls.train, "batch_size", None), epochs, lr, seed, dict(SMALL))
     encoder = cache_folder() / "encoders" / f"{key}.safetensors"
     if not encoder.exists():
-        learn = language_model_learner(lm_dataloaders(dls), config=SMALL, drop_mult=0.3)
+        learn = language_model_learner(lm_dataloaders(dls), config=SMALL, drop_mult=LM_DROP)
         learn.fit_one_cycle(epochs, lr)
         unfinished = encoder.with_name(f".{encoder.name}-{os.getpid()}")
         save_encoder(learn, unfinished).replace(encoder)
