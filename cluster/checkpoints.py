@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from threading import Semaphore
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -36,8 +36,11 @@ from training.state import OF_RANK, Position
 
 TRAIN = "train"  # Ray Train's folder in the run's
 SHARED = "learner.pt"
+RETRY_SECONDS = 1.0, 4.0, 15.0
 NOTICED_SECONDS = 5.0  # how often while a node of the run is about to go
 BEST = "best.pt"  # in the run's folder: the whole state after the best epoch, for `learn.load`
+
+T = TypeVar("T")
 
 
 def file_of(rank: int) -> str:
@@ -57,8 +60,23 @@ def read_state(checkpoint: Any, rank: int, world: int | None = None) -> dict[str
 
 
 def _read(checkpoint: Any, name: str) -> dict[str, Any]:
-    with checkpoint.filesystem.open_input_file(f"{checkpoint.path}/{name}") as file:
-        return _from_bytes(file.read())
+    def content() -> bytes:
+        with checkpoint.filesystem.open_input_file(f"{checkpoint.path}/{name}") as file:
+            return file.read()
+
+    return _from_bytes(retried(content))
+
+
+def retried(read: Callable[[], T]) -> T:
+    """What `read` returns; where storage fails for a moment, after as many tries as `RETRY_SECONDS` has pauses, and one."""
+    for pause in RETRY_SECONDS:
+        try:
+            return read()
+        except FileNotFoundError:
+            raise
+        except OSError:
+            time.sleep(pause)
+    return read()
 
 
 def mend_list(folder: str) -> None:

@@ -1,4 +1,4 @@
-"""Train's controller, from the driver's side and from inside: the controller imports this file, and no Learner."""
+"""Train's controller, from the driver's side and from inside: the controller imports this file, and no Learner and no torch."""
 
 import threading
 import time
@@ -6,7 +6,8 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.result import Result
 
 from blocks.storage import shown
@@ -22,17 +23,15 @@ NODES_SECONDS = 300.0  # a lost node is replaced by then, if by anything
 
 
 class ToSpool(ray.train.UserCallback):
-    """Appends to the spool what the workers print, rank 0's epochs, and how often the run went on after a break.
+    """Appends to the spool what the workers print, rank 0's epochs, and where their checkpoints are.
 
-    The controller runs on the driver's node. restarts: how often it did. told: how often it did by what the spool says.
+    The controller runs on the driver's node.
     """
 
-    def __init__(self, spool: str, run: str, restarts: int, told: int):
-        self.spool, self.run, self.restarts, self.told = spool, run, restarts, told
-        self._broken = False
+    def __init__(self, spool: str, run: str):
+        self.spool, self.run = spool, run
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        self._broken = False
         for rank, own in enumerate(metrics):
             for line in own["said"]:
                 append(self.spool, "said", self.run, line=by_rank(rank, line))
@@ -40,19 +39,34 @@ class ToSpool(ray.train.UserCallback):
             append_epoch(self.spool, self.run, values)
         if checkpoint is not None:
             append(self.spool, "tag", self.run, key="fastray.checkpoint", value=shown(checkpoint.path))
-        if self.restarts > self.told:  # told when it went on, since the last failure may end the run
-            append(self.spool, "tag", self.run, key=RESTARTS, value=str(self.restarts))
-            self.told = self.restarts
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         raise_if_final(worker_exceptions)
-        # Where a node is taken away, Train lets the others live until it is gone, and tells of the lost ones at each look.
-        self.restarts += not self._broken
-        self._broken = True
 
 
-class InterruptibleTrainer(TorchTrainer):
-    """A TorchTrainer whose `fit` answers Ctrl-C with KeyboardInterrupt, once its workers are gone.
+class CountsRestarts(WorkerGroupCallback):
+    """Appends to the spool how often the run went on after a break: a loss, a node taken away, another number of workers.
+
+    restarts: how often it did when this driver began, its own beginning included.
+    """
+
+    def __init__(self, spool: str, run: str, restarts: int):
+        self.spool, self.run, self.restarts = spool, run, restarts
+        self._began = False
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        if self._began:
+            self.restarts += 1
+            number = len(worker_group.get_workers())
+            line = f"train: goes on from the newest checkpoint with {number} worker{'s' * (number != 1)}"
+            append(self.spool, "said", self.run, line=line)
+        self._began = True
+        if self.restarts:
+            append(self.spool, "tag", self.run, key=RESTARTS, value=str(self.restarts))
+
+
+class InterruptibleTrainer(DataParallelTrainer):
+    """A trainer whose `fit` answers Ctrl-C with KeyboardInterrupt, once its workers are gone.
 
     Train's own handler calls `sys.exit` in the middle of a call into Ray, which ends the raylet and leaves its helpers
     behind (Ray 2.60); it also stays installed afterwards.

@@ -6,6 +6,8 @@ the controller `raise_if_final` ends the run on all ranks at once. An exception 
 the driver     `bringing_home` the exception again, with a note of where and the lines on the worker; the rest in `ERRORS`
 
 A process that died, a peer that was lost and what Ray itself raises pass as they are: Train retries those.
+
+The controller imports this file, and no torch: what needs that is imported within functions.
 """
 
 import contextlib
@@ -20,7 +22,6 @@ from blocks.errors import UserError
 from blocks.storage import is_url, joined, put, shown
 from cluster.runtime import ResourceError
 from cluster.said import by_rank, take_said
-from training.same_host import PeerLeft, PeerLost
 
 if TYPE_CHECKING:
     from training.learner import Learner
@@ -86,6 +87,8 @@ def as_final() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        from training.same_host import PeerLeft
+
         if _is_loss(error):
             if isinstance(error, PeerLeft):
                 time.sleep(GRACE_SECONDS)  # the one that left tells why: told first, this would be taken for a loss
@@ -100,6 +103,8 @@ def as_final() -> Iterator[None]:
 
 def _is_loss(error: BaseException) -> bool:
     from ray.exceptions import RayTaskError
+
+    from training.same_host import PeerLost
 
     rays = type(error).__module__.partition(".")[0] == "ray" and not isinstance(error, RayTaskError)
     return rays or isinstance(error, PeerLost)
@@ -195,6 +200,8 @@ def _lost(error: Any, failure: Any) -> Exception:
         )
     if failure is not None:
         return RuntimeError(f"Ray Train cannot go on: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}")
+    from training.same_host import PeerLost
+
     # That others lost it is not what happened to the one that was lost, where that is known.
     ends = sorted(error.worker_failures.items(), key=lambda end: (isinstance(end[1], PeerLost), end[0]))
     known = [end for end in ends if not isinstance(end[1], PeerLost)] or ends[:1]
@@ -204,6 +211,8 @@ def _lost(error: Any, failure: Any) -> Exception:
 
 def _how_lost(error: Exception) -> str:
     from ray.exceptions import RayActorError
+
+    from training.same_host import PeerLost
 
     error = getattr(error, "health_check_failure", error)
     if isinstance(error, RayActorError):

@@ -4,12 +4,15 @@ The folder holds no address outside of itself, so that a copy of it elsewhere is
 name, its settings as the command line takes them.
 """
 
+import contextlib
 import difflib
+import fcntl
 import json
+import os
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -36,13 +39,14 @@ class Run:
 
     kind: "train" or "sweep". recipe: the name by which `pipelines.recipes.find_recipe` finds it; None for a script's own fit.
     words: each setting as text, as on the command line. runner: the runner's own settings, such as {"workers": 2}.
-    finished: it ended, and nothing is left to go on with.
+    data: the fingerprint of its prepared data, if there is one. finished: it ended, and nothing is left to go on with.
     """
 
     kind: str
     recipe: str | None
     words: Mapping[str, str] = field(default_factory=dict)
     runner: Mapping[str, Any] = field(default_factory=dict)
+    data: str | None = None
     finished: bool = False
     version: int = VERSION
 
@@ -95,6 +99,34 @@ def restarts_of(spool: Path) -> int:
     """How often the run of a spool went on after a break."""
     told = [record["value"] for record, _ in read(spool) if record["kind"] == "tag" and record["key"] == RESTARTS]
     return int(told[-1]) if told else 0
+
+
+def check_data(folder: str | Path, begun: Run, found: str | None) -> None:
+    """RunError when the run in a folder was begun with data of another fingerprint than `found`."""
+    if found != begun.data:
+        raise RunError(
+            f"the run {run_name(folder)} was begun with other data (fingerprint {begun.data}, now {found}): go on with "
+            "the files, the transforms and the versions of then, or begin a new run"
+        )
+
+
+@contextlib.contextmanager
+def driven(folder: str) -> Iterator[None]:
+    """This process drives the run in a folder. RunError when another one does; at a URL, nobody can know."""
+    if is_url(folder):
+        yield
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dies with the process
+        except BlockingIOError:
+            raise RunError(f"the run {run_name(folder)} is going on in another process: wait for its end, or end it") from None
+        except OSError:  # a disk without locks
+            pass
+        yield
+    finally:
+        os.close(opened)
 
 
 def finish_run(folder: str | Path) -> None:

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
 
 import psutil
 
@@ -19,7 +18,6 @@ SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # else each report waits up to two seconds for the controller
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # what was free a moment ago and is not is asked for again
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",  # after an error on one rank the others wait for it, in a collective
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same on the workers as here
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own output would stand between ours
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -29,6 +27,8 @@ SETTINGS = {
 BUSY_SECONDS = 60.0  # then others are not about to give back what they hold
 RELEASE_SECONDS = 3.0  # what a run of one's own held is free again by then
 POLL_SECONDS = 0.2
+
+OWN = "FASTRAY_OWN_RAY"  # the environment variable that the processes of a Ray of one's own have
 
 _start: "Future[None] | None" = None
 
@@ -80,21 +80,38 @@ def _init() -> None:
 
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault(WATCHER, "1" if address else "0")
-    own: dict[str, Any] = {} if address else {"include_dashboard": False}
-    ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
+    if address:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        return
+    os.environ[OWN] = "1"  # all processes of this Ray find it set
+    try:
+        ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    finally:
+        del os.environ[OWN]
 
 
 def is_own() -> bool:
-    """Whether Ray is one of this process's own, which ends with it, and not a cluster that it joined."""
-    return not os.environ.get("RAY_ADDRESS")
+    """Whether Ray is one that `start_ray` starts or has started, which ends with its driver; not a cluster that was joined.
+
+    One that a script has begun by `ray.init` itself may have several nodes.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return False
+    if _start is not None or OWN in os.environ:
+        return True
+    import ray
+
+    return not ray.is_initialized()
 
 
 def stop_ray() -> None:
     """End the Ray that `start_ray` started, or leave the cluster it joined."""
+    global _start
     import ray
 
     if _start is not None:
         _start.exception()  # wait until it is there: half started, it could not be ended
+        _start = None
     if not ray.is_initialized():
         return
     # Ray ends its raylet so fast that the raylet's own helpers are left behind, for minutes.

@@ -15,7 +15,7 @@ from cluster.example import example_in, write_example
 from cluster.flush import end_open_runs
 from cluster.places import places
 from cluster.recording import ONLY_WHAT_ALWAYS_IS, Recording
-from cluster.runs import Run, finish_run, new_run_folder, words_of, write_run
+from cluster.runs import Run, check_data, finish_run, new_run_folder, read_run, words_of, write_run
 from cluster.spool import SPOOL, append, name_in
 from cluster.tracking import Tracker, start_run
 from cluster.workers import InFolder, SpoolReport, Workers
@@ -65,11 +65,14 @@ def _train_in(folder: Path, recipe: Recipe, workers: Workers, say: Say, recordin
     busy = run if recording.system_metrics else ""
     with Tracker(spool, places().tracking, recipe.name, system_metrics_of=busy) as tracker, none_left_open(spool):
         dls = prepared_data(recipe, on_ray=workers.most > 0, say=say)
+        assert dls.prepared is not None
+        if resumed:
+            check_data(folder, read_run(folder), dls.prepared.fingerprint)
         learn = new_learner(recipe, dls)
         tracker.opened(say)
         recording.check()
         runner = {"workers": workers.number, **asdict(recording)}
-        write_run(folder, Run("train", recipe.found_as, words_of(recipe.settings), runner))
+        write_run(folder, Run("train", recipe.found_as, words_of(recipe.settings), runner, dls.prepared.fingerprint))
         params = {"recipe": recipe.name, **recipe.settings, "workers": workers.number}
         start_run(spool, run, run, params, tags=tags_of(dls))
         with ending(spool, run):

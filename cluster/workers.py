@@ -1,6 +1,8 @@
 """`Workers`: where a Learner trains. Here, or on Ray Train workers that bring everything home afterwards."""
 
 import contextlib
+import math
+import os
 import pickle
 import tempfile
 import threading
@@ -19,7 +21,19 @@ from cluster.checkpoints import TRAIN, Checkpoints, SaveHere, mend_list, read_st
 from cluster.data import map_on_ray
 from cluster.failures import as_final, bringing_home, cannot_travel
 from cluster.places import places
-from cluster.runs import RESTARTS, Run, find_run, finish_run, new_run_folder, restarts_of, run_name, words_of, write_run
+from cluster.runs import (
+    RESTARTS,
+    Run,
+    check_data,
+    driven,
+    find_run,
+    finish_run,
+    new_run_folder,
+    restarts_of,
+    run_name,
+    words_of,
+    write_run,
+)
 from cluster.runtime import check_resources, start_ray, start_ray_meanwhile
 from cluster.said import heard
 from cluster.shards import across_nodes, make_lost_again
@@ -33,7 +47,7 @@ from training.schedule import Schedule, total_epochs
 from training.state import generators, seed_all, set_generators
 
 RESIZE_SECONDS = 30.0  # how often an elastic run looks whether nodes have come: to take one in costs a restart
-START_FAILURES = 3  # so many times Ray Train may fail to start the workers
+START_FAILURES = 3  # so many times Ray Train may fail to start the workers where there is room for them
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,8 @@ class Workers:
     home. sync_bn: BatchNorm takes the statistics of the global batch. max_rows: more rows than these do not go through the
     model at once; where a worker's share of a batch is larger, it goes in pieces whose gradients accumulate, each with batch
     statistics of its own. max_failures: so many times a lost process is replaced, and training goes on from the newest
-    checkpoint; that a node was taken away with notice does not count. There is one each epoch; within an epoch, every
+    checkpoint; that a node was taken away with notice does not count. Where nodes are lost, it waits five minutes for as many
+    as the (least) number takes. There is one each epoch; within an epoch, every
     `checkpoint_steps` batches or `checkpoint_minutes`. keep: the newest so many stay, and the best one.
     """
 
@@ -114,7 +129,10 @@ class Workers:
 
         resume: the run to go on with, by its folder, its URL or its name in `storage`.
         """
-        words = words_of({"schedule": schedule, "lr": lr})
+        batch_size = getattr(learn.dls.train, "batch_size", None)
+        words = words_of({"schedule": schedule, "lr": lr, "batch_size": batch_size})
+        prepared = getattr(learn.dls, "prepared", None)
+        data = None if prepared is None else prepared.fingerprint
         if resume is not None:
             folder, begun = find_run(resume, self.storage or places().storage)
             if begun.words != words:
@@ -125,11 +143,12 @@ class Workers:
             if began_here != (self.most == 0):  # it would not find the other's checkpoints, and begin again
                 where, number = ("in this process", "0") if began_here else ("on workers", "1 or more")
                 raise UserError(f"{shown(resume)!r} was begun {where}, where its checkpoints are: give Workers of {number}")
+            check_data(folder, begun, data)
             InFolder(self, folder, resumed=True).run(learn, schedule, lr, None)
             finish_run(folder)
         elif self.storage is not None:
             folder = new_run_folder(self.storage, "fit")
-            write_run(folder, Run("train", None, words, {"workers": self.number}))
+            write_run(folder, Run("train", None, words, {"workers": self.number}, data))
             print(f"run: {run_name(folder)} in {shown(self.storage)}", flush=True)
             InFolder(self, folder).run(learn, schedule, lr, None)
             finish_run(folder)
@@ -155,9 +174,13 @@ class InFolder:
     def run(self, learn: Learner, schedule: Schedule, lr: Rate, resume: str | None) -> None:
         """Train a copy of `learn` on the workers; afterwards `learn` looks as if it had trained here."""
         assert resume is None
-        if self.workers.most == 0:
-            self._run_here(learn, schedule, lr)
-            return
+        with driven(self.folder):
+            if self.workers.most == 0:
+                self._run_here(learn, schedule, lr)
+            else:
+                self._run_on_workers(learn, schedule, lr)
+
+    def _run_on_workers(self, learn: Learner, schedule: Schedule, lr: Rate) -> None:
         self.workers._find_resources()
         if self.resumed:
             mend_list(self.folder)
@@ -175,12 +198,13 @@ class InFolder:
                 if is_url(home):  # the controller appends to the spool, and storage at a URL only takes whole files
                     home = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastray-"))
                 spool, run = Path(home, SPOOL), "run"
-            told = restarts_of(spool)
-            to_spool = {"spool": str(spool), "run": run, "restarts": told + self.resumed, "told": told}
+            restarts = restarts_of(spool) + self.resumed
             logged = any(isinstance(c, Progress) for c in learn.callbacks)
-            stack.enter_context(_printed(spool, run, total_epochs(schedule) if logged else None, told + self.resumed))
+            stack.enter_context(_printed(spool, run, total_epochs(schedule) if logged else None))
             stack.enter_context(bringing_home(self.folder if self.kept else None))
-            learn.load_state_dict(_trained_state(self.workers, _shipped(learn), schedule, lr, self.folder, to_spool))
+            shipped = _shipped(learn)
+            state = _trained_state(self.workers, shipped, schedule, lr, self.folder, str(spool), run, restarts)
+            learn.load_state_dict(state)
 
     def _run_here(self, learn: Learner, schedule: Schedule, lr: Rate) -> None:
         saves = SaveHere(self.folder)
@@ -235,13 +259,16 @@ def _shipped(learn: Learner) -> bytes:
 
 
 def _trained_state(
-    workers: Workers, learn: bytes, schedule: Schedule, lr: Rate, folder: str, to_spool: dict[str, Any]
+    workers: Workers, learn: bytes, schedule: Schedule, lr: Rate, folder: str, spool: str, run: str, restarts: int
 ) -> dict[str, Any]:
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 
-    from cluster.controller import InterruptibleTrainer, ToSpool
+    from cluster.controller import NODES_SECONDS, CountsRestarts, InterruptibleTrainer, ToSpool
+    from cluster.group import TorchGroup
 
+    # While a lost node is waited for, each time-out of Train's counts as a failure to start.
+    waits = math.ceil(NODES_SECONDS / float(os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"]))
     storage, path = filesystem(folder) if is_url(folder) else (None, folder)
     trainer = InterruptibleTrainer(
         _train_loop,
@@ -249,11 +276,12 @@ def _trained_state(
             "learn": ray.put(learn),
             "schedule": schedule,
             "lr": lr,
-            "generators": generators(),
+            "generators": ray.put(generators()),  # tensors, for which the controller would import torch
             "sync_bn": workers.sync_bn,
             "max_rows": workers.max_rows,
             "checkpoints": (folder, workers.checkpoint_steps, workers.checkpoint_minutes),
         },
+        backend_config=TorchGroup(),
         scaling_config=ScalingConfig(
             num_workers=workers.number, use_gpu=workers.gpu, elastic_resize_monitor_interval_s=RESIZE_SECONDS
         ),
@@ -261,8 +289,8 @@ def _trained_state(
             name=TRAIN,
             storage_path=path,
             storage_filesystem=storage,
-            callbacks=[ToSpool(**to_spool)],
-            failure_config=FailureConfig(max_failures=workers.max_failures, controller_failure_limit=START_FAILURES),
+            callbacks=[ToSpool(spool, run), CountsRestarts(spool, run, restarts)],
+            failure_config=FailureConfig(max_failures=workers.max_failures, controller_failure_limit=START_FAILURES + waits),
             checkpoint_config=CheckpointConfig(num_to_keep=workers.keep),
         ),
     )
@@ -296,7 +324,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     learn.add_callback(checkpoints)
     newest = ray.train.get_checkpoint()
     if newest is None:
-        set_generators(config["generators"])
+        set_generators(ray.get(config["generators"]))
         if rank:  # numbers of its own, and the same in each run
             seed_all(int(torch.randint(2**31, ())) + rank)
         learn.fit(config["schedule"], config["lr"])
@@ -324,7 +352,7 @@ def _in_pieces(learn: Learner) -> bool:
 
 
 @contextlib.contextmanager
-def _printed(spool: Path, run: str, epochs: int | None, restarts: int) -> Iterator[None]:
+def _printed(spool: Path, run: str, epochs: int | None) -> Iterator[None]:
     # A thread prints, as the spool grows, what the workers print and, of so many, each epoch's line; what is told again after
     # a restart was printed before.
     finished, began = threading.Event(), time.time() * 1000
@@ -341,8 +369,6 @@ def _printed(spool: Path, run: str, epochs: int | None, restarts: int) -> Iterat
                 if record["kind"] == "metrics" and record["step"] > printed and epochs is not None:
                     printed = record["step"]
                     print(epoch_line(record["values"], epochs), flush=True)
-                elif record["kind"] == "tag" and record["key"] == RESTARTS and int(record["value"]) > restarts:
-                    print("train: workers were lost; others went on from the newest checkpoint", flush=True)
 
     thread = threading.Thread(target=work, name="fastray-progress", daemon=True)
     thread.start()

@@ -19,11 +19,11 @@ def over_ranks(model: nn.Module, sync: bool = True) -> bool:
 
     Whether it has any that now do so.
     """
-    own = [module for module in model.modules() if type(module) in _CHANGED]
+    own = [module for module in model.modules() if _can_change(type(module))]
     for module in own:
         tensors = (*module.parameters(), *module.buffers())
         way = _PerRank if not sync else _OverGPUs if tensors and tensors[0].is_cuda else _OverRanks
-        module.__class__ = _CHANGED[type(module)][way]
+        module.__class__ = _changed(type(module), way)
     return bool(own)
 
 
@@ -31,7 +31,7 @@ def undo(model: nn.Module) -> None:
     """The layers of `model` are torch's own again."""
     for module in model.modules():
         if isinstance(module, _OverRanks | _PerRank | _OverGPUs):
-            module.__class__ = next(own for own in _CHANGED if isinstance(module, own))
+            module.__class__ = next(own for (own, _), changed in _CHANGED.items() if changed is type(module))
 
 
 def in_words(model: nn.Module, sync: bool) -> str:
@@ -69,7 +69,7 @@ class _PerRank(_BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if self.training and (_rows_are_borrowed or x.numel() == x.shape[1]):
             return _by_running_statistics(self, x)
-        return super().forward(x)
+        return _BatchNorm.forward(self, x)
 
 
 class _OverGPUs(nn.SyncBatchNorm):
@@ -88,7 +88,7 @@ class _OverRanks(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return super().forward(x)
+            return _BatchNorm.forward(self, x)
         self._check_input_dim(x)
         # In half precision sums over a batch would be too coarse.
         wide = x if x.dtype is torch.float64 else x.float()
@@ -154,8 +154,32 @@ class _Normalised(torch.autograd.Function):
         return dx, None if weight is None else d_weight, None if weight is None else d_bias, None, None
 
 
-# By torch's class, the one for each way.
-_CHANGED: dict[type, dict[type, type]] = {
-    own: {way: type(f"{own.__name__}{way.__name__}", (way, own), {}) for way in (_OverRanks, _PerRank, _OverGPUs)}
-    for own in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-}
+class _Activates(_BatchNorm):
+    """What timm's BatchNormAct2d, whose `forward` repeats torch's, does after it."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated: Tensor = self.act(self.drop(super().forward(x)))
+        return activated
+
+
+def _can_change(own: type) -> bool:
+    # timm's by its name, so as not to import timm.
+    return own in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) or _is_timms(own)
+
+
+def _is_timms(own: type) -> bool:
+    return own.__name__ == "BatchNormAct2d" and own.__module__.startswith("timm.")
+
+
+_CHANGED: dict[tuple[type, type], type] = {}  # by the own class and the way
+
+
+def _changed(own: type, way: type) -> type:
+    """The class of torch's or timm's `own` that normalises in a `way`."""
+    if (own, way) not in _CHANGED:
+        bases = (_Activates, way, own) if _is_timms(own) else (way, own)
+        _CHANGED[own, way] = type(f"{own.__name__}{way.__name__}", bases, {})
+    return _CHANGED[own, way]

@@ -6,6 +6,9 @@
         nodes.start(1)
 
 Functions are run and pickled by their names, which drivers and workers import from a file of this folder.
+
+`NetworkedNodes` have a network each, which can be cut. Ray's own `cluster_utils.Cluster` is not used: its nodes share the
+test's environment, disk and network, and go only as processes do.
 """
 
 import json
@@ -58,6 +61,8 @@ class Nodes:
 
     All see one file system but for the cache folder, in whose place each finds a folder of its own: `disk(number)`.
     """
+
+    mounts = ""  # shell commands, before the cache folder's
 
     def __init__(self, folder: Path, cpus: Sequence[int], environment: dict[str, str] | None = None):
         self.folder, self.cpus = folder, list(cpus)
@@ -131,7 +136,7 @@ class Nodes:
         ray += [f"--num-cpus={self.cpus[number]}", f'--resources={{"node{number}": 100}}', "--object-store-memory=100000000"]
         ray += ["--min-worker-port=0", "--max-worker-port=0"]  # any port: the nodes may share a network
         ray += ["--disable-usage-stats", "--block"]
-        mounted = f'mount --bind "{self.disk(number)}" "{self.cache}" && exec "$@"'
+        mounted = f'{self.mounts} mount --bind "{self.disk(number)}" "{self.cache}" && exec "$@"'
         with open(self.output(number), "wb") as log:
             self.processes[number] = subprocess.Popen(
                 [*self.into(number), "sh", "-c", mounted, "sh", *ray],
@@ -200,3 +205,65 @@ class Nodes:
         for number in sorted(self.processes, reverse=True):
             self.kill(number)
         shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+def need_networks() -> None:
+    """Skip the test where this process may not give a node a network of its own."""
+    need_own_disks()
+    name = f"fr{secrets.token_hex(3)}"
+    if not permitted("ip", "netns", "add", name):
+        pytest.skip("needs `ip netns` (apt-get install iproute2) and the right to make network namespaces")
+    made = permitted("ip", "-n", name, "link", "add", "bridge", "type", "bridge")
+    subprocess.run(["ip", "netns", "delete", name], check=True)
+    if not made:
+        pytest.skip("needs a kernel that has bridges between network namespaces")
+
+
+class NetworkedNodes(Nodes):
+    """Nodes in network namespaces, whose cables (veth) go to a bridge in one more; with shared memory of their own, too."""
+
+    mounts = "mount -t tmpfs none /dev/shm &&"  # else their workers would sum gradients there
+
+    def __init__(self, folder: Path, cpus: Sequence[int], environment: dict[str, str] | None = None):
+        self.name = f"fr{secrets.token_hex(3)}"
+        # The machine's own name means the loopback in each of them.
+        super().__init__(folder, cpus, {"GLOO_SOCKET_IFNAME": "cable", **(environment or {})})
+
+    def address(self, number: int) -> str:
+        return f"10.77.0.{number + 1}:{self.port}"
+
+    def into(self, number: int) -> list[str]:
+        return ["ip", "netns", "exec", f"{self.name}-{number}", *super().into(number)]
+
+    def __enter__(self) -> Self:
+        try:
+            self._ip("netns", "add", self.name)
+            self._ip("-n", self.name, "link", "add", "bridge", "type", "bridge")
+            self._ip("-n", self.name, "link", "set", "bridge", "up")
+            for number in range(len(self.cpus)):
+                self._lay_cable(number)
+        except BaseException:
+            self.stop()
+            raise
+        return super().__enter__()
+
+    def _lay_cable(self, number: int) -> None:
+        own, address = f"{self.name}-{number}", self.address(number).partition(":")[0]
+        self._ip("netns", "add", own)
+        self._ip("-n", own, "link", "add", "cable", "type", "veth", "peer", "name", f"to{number}", "netns", self.name)
+        self._ip("-n", own, "address", "add", f"{address}/24", "dev", "cable")
+        for name in ("cable", "lo"):
+            self._ip("-n", own, "link", "set", name, "up")
+        self._ip("-n", self.name, "link", "set", f"to{number}", "master", "bridge", "up")
+
+    def cut(self, number: int) -> None:
+        """Cut a node's cable: its processes live, and nobody hears of them."""
+        self._ip("-n", self.name, "link", "set", f"to{number}", "down")
+
+    def stop(self) -> None:
+        super().stop()
+        for name in [*(f"{self.name}-{number}" for number in range(len(self.cpus))), self.name]:
+            permitted("ip", "netns", "delete", name)
+
+    def _ip(self, *words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)

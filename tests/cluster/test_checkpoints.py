@@ -11,7 +11,7 @@ from torch import nn
 from blocks import DataLoaders
 from blocks.errors import UserError
 from cluster import checkpoints
-from cluster.checkpoints import SHARED, Checkpoints, SaveHere, file_of, mend_list
+from cluster.checkpoints import SHARED, Checkpoints, SaveHere, file_of, mend_list, retried
 from training import Callback, Learner
 
 STORAGE = "memory://runs/a"  # Arrow alone does not know of it
@@ -122,3 +122,22 @@ def test_a_list_of_checkpoints_that_was_cut_short_is_written_anew(tmp_path: Path
     written = listed.read_bytes()
     mend_list(str(tmp_path))
     assert listed.read_bytes() == written
+
+
+def test_storage_that_fails_for_a_moment_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "RETRY_SECONDS", (0.0, 0.0))
+    left: list[OSError] = []
+
+    def read() -> str:
+        if left:
+            raise left.pop()
+        return "whole"
+
+    left += [OSError("a"), OSError("b")]
+    assert retried(read) == "whole"
+    left += [OSError("a"), OSError("b"), OSError("c")]
+    with pytest.raises(OSError, match="a"):
+        retried(read)
+    left += [FileNotFoundError("gone")]  # that does not pass
+    with pytest.raises(FileNotFoundError):
+        retried(read)

@@ -1,6 +1,7 @@
 """What cannot be had, and what goes wrong on a worker, is said soon, once, and as itself."""
 
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from blocks import DataBlock
 from cluster import Workers, dataloaders, runtime
-from cluster.failures import ERRORS, WorkersLost
+from cluster.failures import ERRORS, WorkersLost, as_bytes
 from cluster.runtime import ResourceError
 from pipelines import cli
 from training import Callback, Learner, accuracy
@@ -194,6 +195,14 @@ def loss_of_two(pred: Tensor, targ: Tensor) -> Tensor:
     raise OfTwo("this", "that")
 
 
+def test_an_exception_that_cannot_travel_becomes_its_words() -> None:
+    error = OfTwo("this", "that")
+    error.add_note("in the loss")
+    told = pickle.loads(as_bytes(error))  # noqa: S301  our own
+    assert (type(told), str(told), told.__notes__) == (RuntimeError, "OfTwo: this and that", ["in the loss"])
+
+
+@pytest.mark.slow
 def test_an_exception_that_cannot_travel_arrives_with_its_words(learner: Callable[..., Learner]) -> None:
     with pytest.raises(RuntimeError) as caught:
         learner(loss_func=loss_of_two).fit(1, on=Workers(2))

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .nodes import Nodes, need_own_disks
+from cluster.workers import START_FAILURES
+
+from .nodes import NetworkedNodes, Nodes, need_networks, need_own_disks
 from .on_nodes import ROWS, SHARDS, block, drains, learner, outcome, prepares, table, trains, two_on_the_head_read_all
 
 
@@ -119,6 +121,54 @@ def test_an_elastic_run_goes_on_with_the_nodes_there_are(nodes: Nodes) -> None:
         assert len(each) == len(set(each)) == len(here.dls.train.ids())
     trained = len((nodes.folder / "diary0").read_text().splitlines())
     assert trained - len(rows) <= 2 * 5, "at most one checkpoint interval is repeated at each restart"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_fixed_number_of_workers_waits_until_a_lost_node_is_back(folder: Path) -> None:
+    """Longer than Ray Train would try to start workers for which there is no room."""
+    tries = START_FAILURES + 3
+    with Nodes(folder, cpus=[0, 1, 1], environment={"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "2"}) as nodes:
+        training = nodes.driver(trains, 3, {"number": 2, "checkpoint_steps": 5})
+        nodes.wait(lambda: len(diary(nodes)) > 12, "two workers train", training)
+        nodes.kill(2)
+        logs = Path(nodes.temporary)
+        nodes.wait(lambda: f"Error count: {tries} (" in controllers(logs), f"{tries} starts have failed", training)
+        nodes.start(2)
+        (nodes.folder / "hurry").touch()
+        found = nodes.result(training)
+        assert worlds(nodes) == [2]
+    assert [epoch["epoch"] for epoch in found["history"]] == [0, 1, 2]
+    here = learner(block().dataloaders(table(), batch_size=32))
+    here.fit(3)
+    for a, b in zip(found["weights"], outcome(here)["weights"], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def controllers(temporary: Path) -> str:
+    """What Ray Train's controllers have logged of the workers that they could not start."""
+    logs = [path.read_text() for path in temporary.glob("session_2*/logs/train/*controller*.log")]
+    return "\n".join(part for text in logs for part in text.split("[FailurePolicy]") if "Source: controller" in part)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_goes_on_without_a_node_whose_network_is_cut(tmp_path: Path) -> None:
+    """The node is not heard to end: its workers live, and gloo's sockets to them stay open."""
+    need_networks()
+    soon = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "3000"}
+    with NetworkedNodes(tmp_path, cpus=[0, 1, 1], environment=soon) as nodes:
+        training = nodes.driver(trains, 3, {"number": [1, 2], "checkpoint_steps": 5})
+        nodes.wait(lambda: worlds(nodes) == [2] and len(diary(nodes)) > 12, "two workers train", training)
+        nodes.cut(2)
+        nodes.wait(lambda: worlds(nodes) == [2, 1], "one worker goes on", training)
+        (nodes.folder / "hurry").touch()
+        found = nodes.result(training)
+    assert [epoch["epoch"] for epoch in found["history"]] == [0, 1, 2]
+    here = learner(block().dataloaders(table(), batch_size=32))
+    here.fit(3)
+    for a, b in zip(found["weights"], outcome(here)["weights"], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def batches(nodes: Nodes, world: int) -> dict[tuple[int, int], frozenset[str]]:

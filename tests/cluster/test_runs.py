@@ -6,11 +6,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from blocks import DataLoaders
 from blocks.errors import UserError
 from cluster import Workers
-from cluster.runs import RUN_FILE, Run, RunError, find_run, finish_run, new_run_folder, read_run, run_name, words_of, write_run
-from training import fine_tune, flat
+from cluster.runs import (
+    RUN_FILE,
+    Run,
+    RunError,
+    driven,
+    find_run,
+    finish_run,
+    new_run_folder,
+    read_run,
+    run_name,
+    words_of,
+    write_run,
+)
+from training import Learner, fine_tune, flat
+
+
+def learner() -> Learner:
+    """A Learner on two batches from a list."""
+    batches = [(torch.randn(4, 3), torch.randint(2, (4,)))] * 2
+    return Learner(DataLoaders(batches, batches), nn.Linear(3, 2), nn.CrossEntropyLoss(), lr=0.1)
+
 
 BEGUN = Run("train", "pipelines.vision:digits", {"lr": "0.001", "schedule": "one_cycle(5)"}, {"workers": 2})
 
@@ -88,10 +110,34 @@ def test_the_keys_of_a_url_are_not_told() -> None:
     ("began", "goes_on", "there"), [(2, 0, "on workers"), ([1, 8], 0, "on workers"), (0, 2, "in this process")]
 )
 def test_a_run_does_not_begin_again_where_its_checkpoints_are_not(tmp_path: Path, began: Any, goes_on: int, there: str) -> None:
-    schedule = flat(2)
-    write_run(tmp_path / "a", Run("train", None, words_of({"schedule": schedule, "lr": 0.1}), {"workers": began}))
+    schedule, learn = flat(2), learner()
+    words = {"schedule": schedule, "lr": 0.1, "batch_size": None}
+    write_run(tmp_path / "a", Run("train", None, words_of(words), {"workers": began}))
     with pytest.raises(UserError, match=f"'a' was begun {there}"):
-        Workers(goes_on, storage=str(tmp_path)).run(None, schedule, 0.1, "a")  # type: ignore[arg-type]
+        Workers(goes_on, storage=str(tmp_path)).run(learn, schedule, 0.1, "a")
+
+
+def test_a_run_goes_on_with_the_batches_and_the_data_it_was_begun_with(tmp_path: Path) -> None:
+    schedule, learn = flat(2), learner()
+    words = words_of({"schedule": schedule, "lr": 0.1, "batch_size": 16})
+    write_run(tmp_path / "a", Run("train", None, words, {"workers": 0}))
+    write_run(tmp_path / "b", Run("train", None, words | {"batch_size": "None"}, {"workers": 0}, data="abc"))
+    here = Workers(0, storage=str(tmp_path))
+    with pytest.raises(UserError, match=r"was begun with .* batch_size=16: give it the same, not .* batch_size=None"):
+        here.run(learn, schedule, 0.1, "a")
+    with pytest.raises(RunError, match=r"the run b was begun with other data \(fingerprint abc, now None\)"):
+        here.run(learn, schedule, 0.1, "b")
+
+
+def test_a_run_is_driven_by_one_process(tmp_path: Path) -> None:
+    write_run(
+        tmp_path / "a", Run("train", None, words_of({"schedule": flat(1), "lr": 0.1, "batch_size": None}), {"workers": 0})
+    )
+    here = Workers(0, storage=str(tmp_path))
+    with driven(str(tmp_path / "a")), pytest.raises(RunError, match="the run a is going on in another process"):
+        here.run(learner(), flat(1), 0.1, "a")
+    here.run(learner(), flat(1), 0.1, "a")
+    assert read_run(tmp_path / "a").finished
 
 
 def test_what_is_no_run_of_this_version_is_refused(tmp_path: Path) -> None:

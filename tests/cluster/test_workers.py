@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import ray.cloudpickle
 import torch
 from torch import nn
 
 from blocks import DataBlock, DataLoaders
 from blocks.errors import UserError
-from cluster import Workers, dataloaders
+from cluster import Workers, dataloaders, runtime
 from training import Callback, Learner, accuracy, model_builder
 
 pytestmark = pytest.mark.usefixtures("ray_running")
@@ -84,6 +85,14 @@ def test_two_workers_are_as_one(learner: Callable[[], Learner], capsys: pytest.C
     here.fit(1)
     there.fit(1)  # goes on here as if it had been here
     assert there.recorder.history[-1]["train/loss"] == pytest.approx(here.recorder.history[-1]["train/loss"], abs=1e-4)
+
+
+def test_a_ray_of_ones_own_is_known_from_one_that_was_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here, on its workers, and where a script has called `ray.init` before."""
+    assert runtime.is_own()
+    assert ray.get(ray.remote(num_cpus=0)(runtime.is_own).remote())
+    monkeypatch.setattr(runtime, "_start", None)
+    assert not runtime.is_own()
 
 
 def test_workers_are_asked_for() -> None:

@@ -1,6 +1,7 @@
 """BatchNorm on two ranks with uneven shares is BatchNorm of one process on the global batch: outputs, gradients, buffers."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -16,12 +17,17 @@ SHARES = [slice(0, 7), slice(7, 10)]
 Backward = Callable[[Tensor, float], None]
 
 
-def data_and_model(**norm: Any) -> tuple[Tensor, Tensor, nn.Module]:
+def data_and_model(timms: bool = False, **norm: Any) -> tuple[Tensor, Tensor, nn.Module]:
     torch.manual_seed(1)
+    if timms:
+        from timm.layers import BatchNormAct2d
+
+        normalised = [BatchNormAct2d(4, act_layer=nn.GELU, drop_layer=nn.Hardtanh, **norm)]
+    else:
+        normalised = [nn.BatchNorm2d(4, **norm), nn.ReLU()]
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3),
-        nn.BatchNorm2d(4, **norm),
-        nn.ReLU(),
+        *normalised,
         nn.Flatten(),
         nn.Linear(144, 8),
         nn.BatchNorm1d(8, affine=False, **norm),
@@ -36,6 +42,7 @@ WAYS: dict[str, tuple[dict[str, Any], torch.dtype, float]] = {
     "float64": ({}, torch.float64, 1e-12),
     "mean of all batches": ({"momentum": None}, torch.float32, 2e-6),
     "no running statistics": ({"track_running_stats": False}, torch.float32, 2e-6),
+    "timm's": ({"timms": True}, torch.float32, 2e-6),
     "bfloat16": ({}, torch.bfloat16, 0.05),
 }
 
@@ -76,6 +83,8 @@ def gradients(model: nn.Module) -> list[Tensor]:
 def all_ways(rank: int, world: int) -> dict[str, dict[str, Tensor]]:
     states = {}
     for name, (settings, dtype, _) in WAYS.items():
+        if settings.get("timms") and find_spec("timm") is None:
+            continue
         x, y, model = data_and_model(**settings)
         own = [type(m) for m in model]
         ranks = Ranks(model.to(dtype))
@@ -138,6 +147,8 @@ def own_rows(rank: int, world: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("way", WAYS)
 def test_two_ranks_are_as_one_process(way: str, ranks_found: Any) -> None:
     settings, dtype, near = WAYS[way]
+    if settings.get("timms"):
+        pytest.importorskip("timm")
     x, y, model = data_and_model(**settings)
     expected = trained(model.to(dtype), x.to(dtype), y, lambda loss, count: loss.backward())
     for found in ranks_found(all_ways, 2):
