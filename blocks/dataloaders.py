@@ -45,6 +45,7 @@ class DataLoaders:
     encode: Encode | None = None
     prepared: Prepared | None = None
     plan_text: str = ""  # Plan.explain()
+    fingerprint: str | None = None  # the plan's; None where it could not be recognised in a later run
 
     def shard(self, rank: int, world: int) -> "DataLoaders":
         """The same data as one of `world` ranks sees it. TypeError when it cannot be divided."""
@@ -180,6 +181,7 @@ def dataloaders_of(plan: Plan, prepared: Prepared, *, batch_size: int, seed: int
         encode=prepared.encode,
         prepared=prepared,
         plan_text=plan.explain(prepared),
+        fingerprint=None if plan.unkept else plan.fingerprint,
     )
     return dls.new(**side.feed)
 

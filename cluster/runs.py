@@ -39,7 +39,7 @@ class Run:
 
     kind: "train" or "sweep". recipe: the name by which `pipelines.recipes.find_recipe` finds it; None for a script's own fit.
     words: each setting as text, as on the command line. runner: the runner's own settings, such as {"workers": 2}.
-    data: the fingerprint of its prepared data, if there is one. finished: it ended, and nothing is left to go on with.
+    data: its data's fingerprint, where that has one. finished: it ended, and nothing is left to go on with.
     """
 
     kind: str

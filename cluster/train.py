@@ -65,14 +65,13 @@ def _train_in(folder: Path, recipe: Recipe, workers: Workers, say: Say, recordin
     busy = run if recording.system_metrics else ""
     with Tracker(spool, places().tracking, recipe.name, system_metrics_of=busy) as tracker, none_left_open(spool):
         dls = prepared_data(recipe, on_ray=workers.most > 0, say=say)
-        assert dls.prepared is not None
         if resumed:
-            check_data(folder, read_run(folder), dls.prepared.fingerprint)
+            check_data(folder, read_run(folder), dls.fingerprint)
         learn = new_learner(recipe, dls)
         tracker.opened(say)
         recording.check()
         runner = {"workers": workers.number, **asdict(recording)}
-        write_run(folder, Run("train", recipe.found_as, words_of(recipe.settings), runner, dls.prepared.fingerprint))
+        write_run(folder, Run("train", recipe.found_as, words_of(recipe.settings), runner, dls.fingerprint))
         params = {"recipe": recipe.name, **recipe.settings, "workers": workers.number}
         start_run(spool, run, run, params, tags=tags_of(dls))
         with ending(spool, run):

@@ -131,8 +131,7 @@ class Workers:
         """
         batch_size = getattr(learn.dls.train, "batch_size", None)
         words = words_of({"schedule": schedule, "lr": lr, "batch_size": batch_size})
-        prepared = getattr(learn.dls, "prepared", None)
-        data = None if prepared is None else prepared.fingerprint
+        data = getattr(learn.dls, "fingerprint", None)
         if resume is not None:
             folder, begun = find_run(resume, self.storage or places().storage)
             if begun.words != words:
