@@ -16,7 +16,7 @@ from blocks.affine import PAD_MODES, checked_crop, height_and_width, middle_crop
 from blocks.draws import bernoulli, randint, stream_of, uniform
 from blocks.images import EncodedJpeg, PILImage, PILMask, ToTensor, as_picture
 from blocks.tensors import TensorBBox, TensorImage, TensorMask, TensorPoint, as_plain
-from blocks.transform import ItemTransform, RandTransform, dispatch
+from blocks.transform import ItemTransform, Pipeline, RandTransform, dispatch
 
 GAP = 2.0  # a picture is first made smaller cheaply, but stays at least so many times as large as it has to become
 METHODS = ("crop", "pad", "squish")
@@ -207,6 +207,24 @@ def _middle_view(have: tuple[int, int], want: tuple[int, int], pad_mode: str) ->
 
 def _view_at(top: int, left: int, size: tuple[int, int], pad_mode: str) -> View:
     return View((left, top, left + size[1], top + size[0]), size, pad_mode)
+
+
+def in_own_pixels(x: TensorPoint, tfms: Pipeline, size: tuple[int, int]) -> TensorPoint:
+    """Points or boxes of -1..1 in the picture that the item transforms `tfms` made, in pixels of the one they were given.
+
+    size: height and width of that one. What these transforms draw at random on training data is not undone.
+    """
+    views: list[View] = []
+    for t in tfms.transforms:
+        if isinstance(t, _Sized | _RandomlySized):
+            views += t.views(*size) if isinstance(t, _Sized) else t.views(*size, None)
+            size = views[-1].size
+    pairs = (as_plain(x).reshape(-1, 2) + 1) * torch.tensor([size[1], size[0]]) / 2
+    for view in reversed(views):
+        left, top, right, bottom = view.box
+        scale = torch.tensor([(right - left) / view.size[1], (bottom - top) / view.size[0]])
+        pairs = pairs * scale + torch.tensor([left, top])
+    return pairs.reshape(x.shape).as_subclass(type(x))
 
 
 # --- drawn each epoch ----------------------------------------------------------------------------------------------------

@@ -212,7 +212,8 @@ def _beside(samples: Samples, predictions: Sequence[Any], titles: Sequence[tuple
     figure, axes = grid(2 * len(samples), columns=2 * max(1, math.isqrt(len(samples)) // 2 or 1))
     pairs = zip(axes[::2], axes[1::2], samples, predictions, titles, strict=True)
     for left, right, sample, predicted, (of_target, of_prediction) in pairs:
-        for axis, values, title in ((left, sample, of_target), (right, (*sample[:-1], predicted), of_prediction)):
+        said = predicted if type(predicted) is tuple else (predicted,)
+        for axis, values, title in ((left, sample, of_target), (right, (*sample[: -len(said)], *said), of_prediction)):
             draw_sample(axis, values)
             axis.set_title(title, fontsize=9)
     return figure

@@ -1,7 +1,7 @@
 """The MLflow model of an export: a pyfunc whose folder holds data only; this module is its loader.
 
 A data frame with a column an input (`image` where that is one picture, as encoded bytes) becomes one with `label`, as a person
-reads it, and with its `probability` where the label is one class.
+reads it, and with its `probability` where the label is one class, or the `boxes` and `scores` of the things it names.
 """
 
 from pathlib import Path
@@ -27,6 +27,9 @@ class ScoringModel:
         said = pd.DataFrame({"label": pd.Series([plain(p.label) for p in found], dtype=object)})
         if any(p.probability is not None for p in found):
             said["probability"] = [p.probability for p in found]
+        if any(p.boxes is not None for p in found):
+            said["boxes"] = pd.Series([p.boxes for p in found], dtype=object)
+            said["scores"] = pd.Series([p.scores for p in found], dtype=object)
         return said
 
 
@@ -36,7 +39,15 @@ def said_of(predictor: Predictor, file: Path) -> list[str]:
     lines = [_short(label) for label in said["label"]]
     if "probability" in said:
         return [f"{line}  {p:.4f}" for line, p in zip(lines, said["probability"], strict=True)]
+    if "boxes" in said:
+        return [_things(*row) for row in said[["label", "boxes", "scores"]].itertuples(index=False)]
     return lines
+
+
+def _things(labels: list[str], boxes: list[list[float]], scores: list[float]) -> str:
+    # A row's found things: name, score, corners.
+    each = zip(labels, boxes, scores, strict=True)
+    return "; ".join(f"{label} {score:.2f} at {' '.join(f'{x:.0f}' for x in box)}" for label, box, score in each) or "nothing"
 
 
 def _short(label: Any) -> str:
@@ -56,6 +67,8 @@ def signature(export: Path, example: Path) -> dict[str, list[dict[str, Any]]]:
     }
     if model.predictor.vocab and "probability" not in answer:  # no class may apply to the example
         found["outputs"][0] = _column("label", [""])
+    if "boxes" in answer:
+        found["outputs"][1:] = [_column("boxes", [[0.0]]), _column("scores", [0.0])]
     return found
 
 

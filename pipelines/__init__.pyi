@@ -9,6 +9,7 @@ from .collab import ranking_metrics as ranking_metrics
 from .collab import recommend as recommend
 from .images import image_block as image_block
 from .images import image_dataloaders as image_dataloaders
+from .learners import detection_learner as detection_learner
 from .learners import image_classifier as image_classifier
 from .learners import unet_learner as unet_learner
 from .learners import vision_learner as vision_learner

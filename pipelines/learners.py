@@ -6,21 +6,35 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from blocks.category import Categorize
+from blocks.category import NA, Categorize
 from blocks.dataloaders import DataLoaders
 from blocks.errors import UserError
 from blocks.pixels import Normalize
-from blocks.tensors import TensorCategory, TensorMask, TensorMultiCategory, TensorNumber, TensorPoint
+from blocks.tensors import (
+    TensorBBox,
+    TensorBBoxLabel,
+    TensorCategory,
+    TensorMask,
+    TensorMultiCategory,
+    TensorNumber,
+    TensorPoint,
+)
 from blocks.transform import Pipeline
 from pipelines.weights import imagenet_classes, stats_of, trained_model
 from training import (
     Callback,
+    DetectionLoss,
+    GiveTargets,
     JaccardCoeffMulti,
     Learner,
+    MeanAP,
     accuracy,
     accuracy_multi,
     body_and_head,
     create_body,
+    detection_model,
+    encoder_and_rest,
+    encoder_of,
     halves_and_head,
     precision_callbacks,
     rmse,
@@ -34,6 +48,7 @@ from training.distributed import default_device
 from training.learner import target_type
 from training.models import torchvision_names
 from training.precision import Precision
+from training.results import targets_of
 
 
 def image_classifier(
@@ -75,10 +90,7 @@ def vision_learner(
     and `create_head`. metrics: by default accuracy, of numbers rmse. learner: further arguments of `Learner`, whose parameters
     are in three groups: two halves of the body and the head.
     """
-    n_in = dls.one_batch()[0].shape[1]
-    trained = None if weights is None else trained_model(arch, weights)
-    if trained is not None:
-        dls = normalised_as(dls, *stats_of(trained), n_in)
+    dls, n_in, trained = _as_trained(dls, arch, weights)
     if head == "imagenet":
         if trained is None or n_in != 3:
             raise UserError('head="imagenet" is the classifier that weights=... were trained with, on pictures of 3 channels')
@@ -120,10 +132,7 @@ def unet_learner(
     n_out: how many channels, by default one a class of the mask or a channel of the target. metrics: by default the mean
     intersection over union of the masks' classes. The rest is as in `vision_learner`.
     """
-    n_in = dls.one_batch()[0].shape[1]
-    trained = None if weights is None else trained_model(arch, weights)
-    if trained is not None:
-        dls = normalised_as(dls, *stats_of(trained), n_in)
+    dls, n_in, trained = _as_trained(dls, arch, weights)
     model = unet_model(
         arch=arch,
         n_out=n_out or _channels(dls),
@@ -135,6 +144,48 @@ def unet_learner(
     )
     body = None if trained is None else create_body(trained, n_in, cut)
     return _learner(dls, model, body, precision, metrics, callbacks, learner)
+
+
+def detection_learner(
+    dls: DataLoaders,
+    arch: str = "resnet18",
+    *,
+    detector: str = "retinanet",
+    weights: str | None = None,
+    cut: int | None = None,
+    precision: Precision = "fp32",
+    metrics: Any = None,
+    callbacks: Callback | Sequence[Callback] = (),
+    **learner: Any,
+) -> Learner:
+    """A Learner of one of torchvision's detection models over the body of `arch`, for boxes and their labels.
+
+    detector: retinanet, fcos or fasterrcnn (which samples by chance, so that several workers do not repeat one's numbers).
+    metrics: by default mean average precision at an overlap of a half. The rest is as in `vision_learner`; the parameters are
+    in two groups, the body's and the others. UserError for other targets, and for labels that have no number for none.
+    """
+    if [t.kind for t in targets_of(dls)] != [TensorBBox, TensorBBoxLabel] or dls.vocab[:1] != (NA,):
+        raise UserError(
+            "a detection model learns boxes and their labels: blocks=(ImageBlock(), BBoxBlock(), BBoxLblBlock()), n_inp=1"
+        )
+    dls, n_in, trained = _as_trained(dls, arch, weights)
+    model = detection_model(detector=detector, arch=arch, n_classes=len(dls.vocab), n_in=n_in, cut=cut)
+    settings = {"loss_func": DetectionLoss(), "splitter": encoder_and_rest} | learner
+    metrics = MeanAP() if metrics is None else metrics
+    learn = _learner(dls, model, None, precision, metrics, [GiveTargets(), *listed(callbacks)], settings)
+    if trained is not None:
+        encoder_of(model).load_state_dict(create_body(trained, n_in, cut).state_dict())
+        learn.freeze()
+    return learn
+
+
+def _as_trained(dls: DataLoaders, arch: str, weights: str | None) -> tuple[DataLoaders, int, nn.Module | None]:
+    # The data normalised as the weights were trained, how many channels it has, and the trained classifier.
+    n_in = dls.one_batch()[0].shape[1]
+    if weights is None:
+        return dls, n_in, None
+    trained = trained_model(arch, weights)
+    return normalised_as(dls, *stats_of(trained), n_in), n_in, trained
 
 
 def _learner(

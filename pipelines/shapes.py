@@ -1,13 +1,14 @@
-"""Where something is, in synthetic pictures (`pipelines.drawn`): recipes `segments`, `points`. They need fastray[examples]."""
+"""Where something is, in synthetic pictures (`pipelines.drawn`): the recipes `segments`, `points` and `boxes`."""
 
 from functools import partial
+from typing import Literal
 
 from pydantic import PositiveFloat
 
-from blocks import IMAGENET_STATS, GrandparentSplitter, MaskBlock, Normalize, PointBlock, Resize
-from pipelines.drawn import CODES, SIDE, mask_of, points_table, segments_folder
+from blocks import IMAGENET_STATS, BBoxBlock, BBoxLblBlock, GrandparentSplitter, MaskBlock, Normalize, PointBlock, Resize
+from pipelines.drawn import CODES, SIDE, boxes_table, mask_of, points_table, segments_folder
 from pipelines.images import image_block
-from pipelines.learners import unet_learner, vision_learner
+from pipelines.learners import detection_learner, unet_learner, vision_learner
 from pipelines.settings import BatchSize
 from training import Recipe, Schedule, fine_tune, one_cycle, points_error, recipe
 
@@ -75,6 +76,41 @@ def points(
         block=block,
         source=points_table,
         learner=partial(vision_learner, arch=arch, y_range=(-1.1, 1.1), ps=0.0, metrics=points_error),
+        lr=lr,
+        schedule=schedule,
+        batch_size=batch_size,
+        seed=seed,
+    )
+
+
+@recipe
+def boxes(
+    *,
+    arch: str = "resnet18",
+    detector: Literal["retinanet", "fcos", "fasterrcnn"] = "retinanet",
+    lr: PositiveFloat = 2e-3,
+    schedule: Schedule = one_cycle(12),
+    batch_size: BatchSize = 16,
+    size: int = SIDE,
+    seed: int = 42,
+) -> Recipe:
+    """Boxes around disks, squares and triangles drawn on photographs (synthetic), by a detection model of torchvision.
+
+    arch: a classifier of torchvision or timm, whose body looks. size: side of the pictures in pixels. seed: of the order and
+    the weights.
+    """
+    block = partial(
+        image_block,
+        label=("boxes", "labels"),
+        y_block=(BBoxBlock(), BBoxLblBlock()),
+        valid="valid",
+        item_tfms=Resize(size),
+        batch_tfms=Normalize.from_stats(*IMAGENET_STATS),
+    )
+    return Recipe(
+        block=block,
+        source=boxes_table,
+        learner=partial(detection_learner, arch=arch, detector=detector),
         lr=lr,
         schedule=schedule,
         batch_size=batch_size,

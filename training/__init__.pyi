@@ -37,6 +37,12 @@ from .collecting import MCDropoutCallback as MCDropoutCallback
 from .collecting import ShowGraph as ShowGraph
 from .collecting import ShowGraphCallback as ShowGraphCallback
 from .composed import Optimizer as Optimizer
+from .detection import DetectionLoss as DetectionLoss
+from .detection import Detector as Detector
+from .detection import GiveTargets as GiveTargets
+from .detection import detection_model as detection_model
+from .detection import encoder_and_rest as encoder_and_rest
+from .detection import encoder_of as encoder_of
 from .export import Prediction as Prediction
 from .export import Predictor as Predictor
 from .export import load_learner as load_learner
@@ -102,6 +108,7 @@ from .lr_find import minimum as minimum
 from .lr_find import slide as slide
 from .lr_find import steep as steep
 from .lr_find import valley as valley
+from .mean_ap import MeanAP as MeanAP
 from .metrics import AccumMetric as AccumMetric
 from .metrics import APScoreBinary as APScoreBinary
 from .metrics import APScoreMulti as APScoreMulti

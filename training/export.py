@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +31,13 @@ from blocks.tensors import as_plain, tensor_type
 from blocks.transform import Pipeline
 from training.losses import BaseLoss, loss_from_plain, loss_to_plain
 from training.models import ModelSpec
-from training.results import as_label
+from training.results import Target, as_label, targets_of
 from training.rnn import prediction_of
 
 if TYPE_CHECKING:
     from training.learner import Learner
 
-FORMAT = 2
+FORMAT = 3
 SPEC_FILE, WEIGHTS_FILE, PROGRAM_FILE = "learner.json", "model.safetensors", "model.pt2"
 PROGRAM = "torch.export"  # the name by which a program is trusted
 
@@ -53,9 +54,11 @@ def export(learn: "Learner", path: str | Path, program: bool = False) -> Path:
     encode = learn.dls.encode
     if encode is None:
         raise ValueError("the data was not made from a DataBlock, so an export cannot know how to read an item")
-    if len(encode.columns) - encode.n_inp > 1:
-        raise ValueError(f"an export predicts one target, and the data has {len(encode.columns) - encode.n_inp}")
-    batch, target = _a_batch(learn), learn.dls.target
+    batch, targets = _a_batch(learn), targets_of(learn.dls)
+    if len(encode.columns) - encode.n_inp > max(1, len(targets)):
+        raise ValueError(
+            f"an export predicts one target, or boxes and their labels, and the data has {len(encode.columns) - encode.n_inp}"
+        )
     written: dict[str, Any] = {
         "format": FORMAT,
         "model": {"program": True} if program else _spec_of(learn.model),
@@ -65,10 +68,7 @@ def export(learn: "Learner", path: str | Path, program: bool = False) -> Path:
         "item_tfms": _to_predict(encode.item_tfms) + _to_predict(encode.each_epoch),
         "pad": dict(getattr(learn.dls.valid, "pad", {})),
         "batch_tfms": _to_predict(learn.dls.batch_tfms),
-        "target": {
-            "type": "Tensor" if target is None else type(batch[-1]).__name__,
-            "tfms": [] if target is None else target.type_tfms.to_plain(),
-        },
+        "targets": [{"type": t.kind.__name__, "tfms": t.tfms.to_plain()} for t in targets or (Target(Tensor, Pipeline()),)],
         "versions": {"torch": torch.__version__},
     }
     content = _program(learn, batch) if program else _weights(learn.model)
@@ -133,13 +133,16 @@ class Prediction:
 
     label: the target as a person reads it: a class, the list of those that apply, a number or several, a mask.
     probability: of the label, where it is one class. probabilities: of each class.
-    activations: the model's output as the loss reads it.
+    activations: the model's output as the loss reads it. boxes, scores: of found things, whose names `label` then is: (left,
+    top, right, bottom) in pixels of the item's picture, and how sure the model is.
     """
 
     label: Any
     probability: float | None
     probabilities: dict[str, float]
     activations: Tensor = field(compare=False, repr=False)
+    boxes: list[list[float]] | None = None
+    scores: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -150,14 +153,13 @@ class Predictor:
     encode: Encode
     batch_tfms: Pipeline
     pad: dict[str, float]
-    target_type: type[Tensor]
-    target_tfms: Pipeline
+    targets: tuple[Target, ...]
     loss: BaseLoss
 
     @property
     def vocab(self) -> tuple[str, ...]:
         """The names of the classes, in their order; empty where the target is no class."""
-        return next((t.vocab for t in self.target_tfms.transforms if hasattr(t, "vocab")), ())
+        return next((t.vocab for t in self.targets[-1].tfms.transforms if hasattr(t, "vocab")), ())
 
     def activations(self, items: Sequence[Any]) -> Tensor:
         """The model's outputs as the loss reads them, (items, ...): probabilities of classes, or values.
@@ -182,9 +184,9 @@ class Predictor:
         if isinstance(items, str | Path):
             raise TypeError(f"predict takes a list of items: predict([{str(items)!r}])")
         return [
-            self._said(row)
-            for start in range(0, len(items), batch_size)
-            for row in self.activations(items[start : start + batch_size])
+            self._said(item, row)
+            for some in (items[start : start + batch_size] for start in range(0, len(items), batch_size))
+            for item, row in zip(some, self.activations(some), strict=True)
         ]
 
     def _inputs(self, item: Any) -> list[Tensor]:
@@ -194,12 +196,18 @@ class Predictor:
         values = tuple(c.type_tfms(value) for c, value in zip(self.encode.columns, given, strict=True))
         return list(self.encode.flat(self.encode.item_tfms(values, split_idx=VALID)).values())
 
-    def _said(self, row: Tensor) -> Prediction:
-        decoded = self.loss.decodes(row[None])[0]
+    def _said(self, item: Any, row: Tensor) -> Prediction:
+        decoded = self.loss.decodes(row[None])
+        decoded = tuple(d[0] for d in decoded) if isinstance(decoded, tuple) else decoded[0]
         vocab = self.vocab if row.ndim == 1 else ()
         if vocab and len(vocab) != len(row):
             raise UserError(f"the export names {len(vocab)} classes, but its model has {len(row)} outputs")
-        label = as_label(decoded, self.target_type, self.batch_tfms, self.target_tfms)
+        opened = partial(self.encode.columns[0].type_tfms, item)
+        label = as_label(decoded, self.targets, self.batch_tfms, self.encode.item_tfms, opened)
+        if isinstance(decoded, tuple):
+            boxes, names = label
+            scores = row[decoded[1] > 0, -1]
+            return Prediction(names, None, {}, row, boxes.tolist(), scores.tolist())
         one_class = bool(vocab) and decoded.ndim == 0
         probabilities = dict(zip(vocab, row.tolist(), strict=True)) if vocab else {}
         return Prediction(label, float(row[int(decoded)]) if one_class else None, probabilities, row)
@@ -264,8 +272,7 @@ def _predictor(folder: Path, trust: tuple[str, ...]) -> Predictor:
         encode=Encode(columns, Pipeline.from_plain(spec["item_tfms"]), n_inp=len(columns), layout=layout),
         batch_tfms=Pipeline.from_plain(spec["batch_tfms"]),
         pad={str(name): float(value) for name, value in spec["pad"].items()},
-        target_type=tensor_type(spec["target"]["type"]),
-        target_tfms=Pipeline.from_plain(spec["target"]["tfms"]),
+        targets=tuple(Target(tensor_type(t["type"]), Pipeline.from_plain(t["tfms"])) for t in spec["targets"]),
         loss=loss,
     )
 

@@ -355,6 +355,10 @@ def loss_from_plain(plain: dict[str, Any]) -> BaseLoss:
     settings = dict(plain)
     name = settings.pop("name", None)
     if name not in LOSSES:
+        import training
+
+        getattr(training, str(name), None)  # loads the file of ours that defines it
+    if name not in LOSSES:
         raise UserError(f"it names the loss {name!r}; known: {', '.join(LOSSES)}")
     allowed = {f.name for f in dataclasses.fields(LOSSES[name])}
     if set(settings) != allowed:

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
+from blocks.points import ClipBoxes
+from blocks.resize import in_own_pixels, size_of
 from blocks.splits import TRAIN, VALID
-from blocks.tensors import TensorBase, TensorNumber, as_plain
+from blocks.tensors import TensorBase, TensorBBox, TensorBBoxLabel, TensorNumber, TensorPoint, as_plain
 from blocks.transform import Pipeline
 from training.callback import EVENTS, Callback
 
 if TYPE_CHECKING:
+    from blocks.dataloaders import DataLoaders
     from training.learner import Learner
 
 
@@ -132,22 +135,57 @@ def predict(learn: "Learner", item: Any) -> Predicted:
     row = tuple(x[None] for x in input_tensors(learn.dls.encode, item))
     preds, _, decoded = get_preds(learn, [row], with_decoded=True)
     activations, prediction = _first_row(preds), _first_row(decoded)
-    target = learn.dls.target
-    if target is None:  # there is none, or several, and what belongs to which is the loss's matter
+    targets = targets_of(learn.dls)
+    if not targets:  # or several, and what belongs to which is the loss's matter
         return Predicted(prediction, prediction, activations)
-    return Predicted(as_label(prediction, learn.target_type, learn.dls.batch_tfms, target.type_tfms), prediction, activations)
+    encode = learn.dls.encode
+    tfms = encode.item_tfms + encode.each_epoch
+    label = as_label(prediction, targets, learn.dls.batch_tfms, tfms, lambda: encode.columns[0].type_tfms(item))
+    return Predicted(label, prediction, activations)
 
 
 def _first_row(x: Any) -> Any:
     return x[0] if isinstance(x, Tensor) else tuple(map(_first_row, x))
 
 
-def as_label(decoded: Tensor, kind: type[Tensor], batch_tfms: Pipeline, target_tfms: Pipeline) -> Any:
-    """One prediction, of targets of this type, as a person reads it: the transforms of batches and target undone."""
+class Target(NamedTuple):
+    """A target's type in a batch, and the transforms that made it of what a person gave."""
+
+    kind: type[Tensor]
+    tfms: Pipeline
+
+
+def targets_of(dls: "DataLoaders") -> tuple[Target, ...]:
+    """The targets that a prediction can be told as: the one there is, or boxes and their labels; else none."""
+    batch = next(iter(dls.valid), None) or next(iter(dls.train))
+    kinds = [type(column) for column in batch[dls.n_inp :]]
+    if dls.target is not None:
+        return (Target(kinds[-1], dls.target.type_tfms),)
+    if kinds == [TensorBBox, TensorBBoxLabel] and dls.encode is not None:
+        return tuple(Target(kind, c.type_tfms) for kind, c in zip(kinds, dls.encode.columns[dls.encode.n_inp :], strict=True))
+    return ()
+
+
+def as_label(
+    decoded: Any, targets: Sequence[Target], batch_tfms: Pipeline, item_tfms: Pipeline, opened: Callable[[], Any]
+) -> Any:
+    """One prediction as a person reads it: the transforms of batches and target undone, a tuple where it is of several.
+
+    opened: the item's picture, in whose pixels points and boxes are told; boxes that only fill up are left out.
+    """
+    values = decoded if isinstance(decoded, tuple) else (decoded,)
+    typed = tuple(batch_tfms.decode(_typed(v, target.kind)) for v, target in zip(values, targets, strict=True))
+    if issubclass(targets[0].kind, TensorPoint):
+        typed = ClipBoxes()(typed) if len(typed) > 1 else (typed[0].view(-1, typed[0].coordinates),)
+        size = size_of(opened())
+        typed = tuple(in_own_pixels(v, item_tfms, size) if isinstance(v, TensorPoint) and size else v for v in typed)
+    labels = tuple(target.tfms.decode(v) for v, target in zip(typed, targets, strict=True))
+    return labels if len(labels) > 1 else labels[0]
+
+
+def _typed(decoded: Tensor, kind: type[Tensor]) -> Tensor:
     typed = decoded.as_subclass(kind) if issubclass(kind, TensorBase) else decoded
-    if issubclass(kind, TensorNumber) and typed.shape == (1,):
-        typed = typed[0]  # of a model with one output
-    return target_tfms.decode(batch_tfms.decode(typed))
+    return typed[0] if issubclass(kind, TensorNumber) and typed.shape == (1,) else typed  # of a model with one output
 
 
 class _Augmented(Callback):
@@ -231,10 +269,15 @@ def show_results(learn: "Learner", n: int = 16) -> Any:
 
     seen = learn.dls.one_batch()
     _, _, decoded = get_preds(learn, [next(iter(learn.dls.valid))], with_decoded=True, reorder=False)
-    target = seen[-1]
-    predicted = decoded.to(target.dtype).view(target.shape).as_subclass(type(target))
-    samples, predictions = (learn.dls.decode_batch((*seen[:-1], y))[:n] for y in (target, predicted))
-    return drawn(seen[0], target, samples=samples, predictions=[sample[-1] for sample in predictions])
+    inputs, targets = seen[: learn.dls.n_inp], seen[learn.dls.n_inp :]
+    if isinstance(decoded, tuple):  # of several targets, such as boxes, which need not be as many
+        predicted = [d.to(y.dtype).as_subclass(type(y)) for d, y in zip(decoded, targets, strict=True)]
+    else:
+        (target,) = targets
+        predicted = [decoded.to(target.dtype).view(target.shape).as_subclass(type(target))]
+    samples, predictions = (learn.dls.decode_batch((*inputs, *ys))[:n] for ys in (targets, predicted))
+    said = [sample[-1] if len(targets) == 1 else sample[-len(targets) :] for sample in predictions]
+    return drawn(seen[0], targets[0], samples=samples, predictions=said)
 
 
 def summary(learn: "Learner") -> str:

