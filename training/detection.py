@@ -152,7 +152,21 @@ class Pyramid(nn.Module):
         return self.mix({str(i): seen[layer] for i, layer in enumerate(self.layers)})
 
 
-def _retinanet(backbone: Pyramid, n_classes: int, **settings: Any) -> nn.Module:
+class _AsTheyAre(nn.Module):
+    """In place of torchvision's own transform, which makes pictures 800 pixels high: a batch's have their size."""
+
+    def forward(self, pictures: list[Tensor], targets: Any = None) -> tuple[Any, Any]:
+        from torchvision.models.detection.image_list import ImageList
+
+        height, width = pictures[0].shape[-2:]
+        return ImageList(torch.stack(pictures), [(height, width)] * len(pictures)), targets
+
+    def postprocess(self, found: Any, sizes: Any, original_sizes: Any) -> Any:
+        """What was found is in pixels of these pictures already."""
+        return found
+
+
+def _retinanet(backbone: Pyramid, n_classes: int) -> nn.Module:
     from torchvision.models.detection import RetinaNet
     from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.models.detection.retinanet import RetinaNetHead
@@ -162,18 +176,18 @@ def _retinanet(backbone: Pyramid, n_classes: int, **settings: Any) -> nn.Module:
     # With norms, as in torchvision's second version: its small first weights let nothing through a narrow head without them.
     norm = partial(nn.GroupNorm, WIDTH // 4)
     head = RetinaNetHead(WIDTH, anchors.num_anchors_per_location()[0], n_classes, norm_layer=norm)
-    return RetinaNet(backbone, n_classes, anchor_generator=anchors, head=head, **settings)
+    return RetinaNet(backbone, n_classes, anchor_generator=anchors, head=head)
 
 
-def _fcos(backbone: Pyramid, n_classes: int, **settings: Any) -> nn.Module:
+def _fcos(backbone: Pyramid, n_classes: int) -> nn.Module:
     from torchvision.models.detection import FCOS
     from torchvision.models.detection.anchor_utils import AnchorGenerator
 
     anchors = AnchorGenerator(tuple((s,) for s in backbone.strides), ((1.0,),) * len(backbone.strides))
-    return FCOS(backbone, n_classes, anchor_generator=anchors, **settings)
+    return FCOS(backbone, n_classes, anchor_generator=anchors)
 
 
-def _faster_rcnn(backbone: Pyramid, n_classes: int, **settings: Any) -> nn.Module:
+def _faster_rcnn(backbone: Pyramid, n_classes: int) -> nn.Module:
     from torchvision.models.detection import FasterRCNN
     from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.ops import MultiScaleRoIAlign
@@ -181,7 +195,7 @@ def _faster_rcnn(backbone: Pyramid, n_classes: int, **settings: Any) -> nn.Modul
     anchors = AnchorGenerator(tuple((4 * s,) for s in backbone.strides), ((0.5, 1.0, 2.0),) * len(backbone.strides))
     names = [str(i) for i in range(len(backbone.strides))]
     pool = MultiScaleRoIAlign(featmap_names=names, output_size=7, sampling_ratio=2)
-    return FasterRCNN(backbone, n_classes, rpn_anchor_generator=anchors, box_roi_pool=pool, **settings)
+    return FasterRCNN(backbone, n_classes, rpn_anchor_generator=anchors, box_roi_pool=pool)
 
 
 DETECTORS: dict[str, Callable[..., nn.Module]] = {"retinanet": _retinanet, "fcos": _fcos, "fasterrcnn": _faster_rcnn}
@@ -197,8 +211,9 @@ def detection_model(*, detector: str, arch: str, n_classes: int, n_in: int = 3, 
     if detector not in DETECTORS:
         raise UserError(f"there is no detector {detector!r}: one of {', '.join(DETECTORS)}")
     backbone = Pyramid(create_body(image_model(arch), n_in, cut), n_in)
-    as_they_are = {"image_mean": [0.0] * n_in, "image_std": [1.0] * n_in, "_skip_resize": True}
-    return Detector(DETECTORS[detector](backbone, n_classes, **as_they_are))
+    model = DETECTORS[detector](backbone, n_classes)
+    model.transform = _AsTheyAre()
+    return Detector(model)
 
 
 def encoder_of(model: nn.Module) -> nn.Module:
