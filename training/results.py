@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from blocks.points import ClipBoxes
-from blocks.resize import in_own_pixels, size_of
 from blocks.splits import TRAIN, VALID
 from blocks.tensors import TensorBase, TensorBBox, TensorBBoxLabel, TensorNumber, TensorPoint, as_plain
 from blocks.transform import Pipeline
@@ -176,6 +174,9 @@ def as_label(
     values = decoded if isinstance(decoded, tuple) else (decoded,)
     typed = tuple(batch_tfms.decode(_typed(v, target.kind)) for v, target in zip(values, targets, strict=True))
     if issubclass(targets[0].kind, TensorPoint):
+        from blocks.points import ClipBoxes  # not with the Learner: these import PIL
+        from blocks.resize import in_own_pixels, size_of
+
         typed = ClipBoxes()(typed) if len(typed) > 1 else (typed[0].view(-1, typed[0].coordinates),)
         size = size_of(opened())
         typed = tuple(in_own_pixels(v, item_tfms, size) if isinstance(v, TensorPoint) and size else v for v in typed)

@@ -15,6 +15,7 @@ from blocks import (
     PILImageBW,
     PILMask,
     Pipeline,
+    PointBlock,
     RandomCrop,
     RandomResizedCrop,
     RatioResize,
@@ -25,7 +26,7 @@ from blocks import (
     ToTensor,
 )
 from blocks.draws import sample_keys
-from blocks.resize import turned
+from blocks.resize import in_own_pixels, turned
 from blocks.tensors import as_plain
 
 SIZED = {
@@ -210,3 +211,11 @@ def test_a_picture_far_larger_is_seen_as_all_its_pixels_are() -> None:
     quick = np.asarray(Resize(100, method="squish")(PILImage.create(noise))).astype(float)
     slow = np.asarray(noise.resize((100, 100), Image.Resampling.BILINEAR)).astype(float)
     assert np.abs(quick - slow).mean() < 3
+
+
+@pytest.mark.parametrize("method", ["crop", "pad", "squish"])
+def test_points_come_back_to_the_pixels_of_their_own_picture(method: str) -> None:
+    points = TensorPoint.create([[30, 20], [45, 31]])
+    tfms = Pipeline.of([Resize((48, 32), method=method), *PointBlock().item_tfms])
+    _, scaled = tfms((PILImage.of(Image.new("RGB", (80, 50))), points))
+    torch.testing.assert_close(in_own_pixels(scaled, tfms, (50, 80)), points, rtol=0, atol=1e-3)

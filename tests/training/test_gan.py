@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,23 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from blocks import DataLoaders
-from training import BCEWithLogitsLossFlat, Callback, Curve, Learner, MSELossFlat, Phase
+from blocks import (
+    DataBlock,
+    DataLoaders,
+    ImageBlock,
+    Normalize,
+    PILImageBW,
+    RandomSplitter,
+    RegressionBlock,
+    Resize,
+    get_image_files,
+)
+from training import BCEWithLogitsLossFlat, Callback, Curve, Learner, MSELossFlat, Phase, load_predictor
 from training.gan import (
     AdaptiveGANSwitcher,
     FixedGANSwitcher,
     GANLearner,
+    PixelDistance,
     basic_critic,
     basic_generator,
     bce_crit_loss,
@@ -23,6 +35,7 @@ from training.gan import (
     critic_dataloaders,
     frechet_distance,
     gan_critic,
+    gan_generator,
 )
 
 AnnealedAdam = partial(torch.optim.Adam, betas=(0.5, 0.9))
@@ -204,6 +217,28 @@ def test_the_generators_loss_is_weighted() -> None:
     torch.testing.assert_close(loss.critic(real, target).detach(), expected)
     with pytest.raises(ValueError, match=r"call learn\.model\.generator"):
         GANLearner.from_learners(gen_learn, crit_learn).generate(2)
+
+
+def test_what_is_exported_is_the_generator(few_digits: Path, tmp_path: Path) -> None:
+    block = DataBlock(
+        blocks=(RegressionBlock(3), ImageBlock(PILImageBW)),
+        get_items=get_image_files,
+        get_x=lambda file: [float(n) for n in f"{int(file.stem):03d}"],
+        splitter=RandomSplitter(0.25, seed=1),
+        item_tfms=Resize(8),
+        batch_tfms=Normalize((0.5,), (0.5,)),
+    )
+    dls = block.dataloaders(few_digits, batch_size=30)
+    models = gan_generator(size=8, n_channels=1, noise=3, width=4), basic_critic(8, 1, n_features=4)
+    losses = (bce_gen_loss, bce_crit_loss)
+    learn = GANLearner(dls, *models, *losses, FixedGANSwitcher(1, 1), metrics=PixelDistance(), device=torch.device("cpu"))
+    learn.fit(1)
+    assert learn.recorder.history[0]["valid/pixel_distance"] > 0
+    own = learn.predict([0.5, -1.0, 2.0])
+    (again,) = load_predictor(learn.export(tmp_path / "export")).predict([[0.5, -1.0, 2.0]])
+    torch.testing.assert_close(again.activations, own.activations)
+    assert again.label.shape == (1, 8, 8)
+    learn.show_results(4)
 
 
 # --- models ---------------------------------------------------------------------------------------------------------------
