@@ -132,15 +132,17 @@ def test_losses_in_evaluation_are_those_of_the_model_with_its_norms_still(dls: D
 
 def test_it_learns_and_predicts_boxes_in_pixels_of_the_persons_picture(dls: DataLoaders, folder: Path, tmp_path: Path) -> None:
     learn = detection(dls)
-    learn.fit_one_cycle(30, 5e-3)
+    with learn.no_logging():
+        learn.fit_one_cycle(25, 5e-3)
     assert max(record["valid/map_50"] for record in learn.recorder.history) > 0.5
     photo = folder / "3.png"
     boxes, names = learn.predict(photo).decoded
     assert names[0] == "bright"
-    assert np.abs(np.array(boxes[0]) - boxes_of(photo)[0]).max() < 6
+    assert np.abs(boxes[0].numpy() - boxes_of(photo)[0]).max() < 6
     predictor = load_predictor(learn.export(tmp_path / "export"))
     (again,) = predictor.predict([photo])
-    assert (again.label, again.boxes) == (names, boxes.tolist())
+    assert again.label == names
+    np.testing.assert_allclose(again.boxes, boxes.numpy(), rtol=1e-3)
     assert again.scores is not None
     assert all(score >= 0.5 for score in again.scores)
     learn.show_results(4).savefig(tmp_path / "results.png")
