@@ -111,7 +111,7 @@ def mend_list(folder: str) -> None:
         timed_out_validation_checkpoint_dir_names=[],
         failed_validation_checkpoint_dir_names=[],
     )
-    put(train, LIST, known.json().encode())
+    put(train, LIST, known.model_dump_json().encode())
 
 
 def _is_whole(checkpoint: Any) -> bool:

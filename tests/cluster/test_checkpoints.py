@@ -116,7 +116,7 @@ def test_a_list_of_checkpoints_that_was_cut_short_is_written_anew(tmp_path: Path
     for content in (b"", b'{"ray_version": "2.6'):
         listed.write_bytes(content)
         mend_list(str(tmp_path))
-        known = _CheckpointManagerState.parse_raw(listed.read_bytes())
+        known = _CheckpointManagerState.model_validate_json(listed.read_bytes())
         assert [c.checkpoint_dir_name[:10] for c in known.checkpoint_results] == ["epoch-0000", "epoch-0001"]
         assert known.latest_checkpoint_result == known.checkpoint_results[-1]
     written = listed.read_bytes()
