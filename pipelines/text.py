@@ -150,7 +150,7 @@ def ulmfit(
     lm_epochs: PositiveInt = 4,
     lm_lr: PositiveFloat = 2e-2,
     lr: PositiveFloat = 1e-2,
-    schedule: Schedule = gradual_unfreeze(2),
+    schedule: Schedule = gradual_unfreeze(3, stages=1, decay=1.0, spread=1.0),
     batch_size: BatchSize = 32,
     seed: int = 42,
 ) -> Recipe:
@@ -247,7 +247,7 @@ def _from_language_model(dls: DataLoaders, epochs: int, lr: float, seed: int) ->
         unfinished = encoder.with_name(f".{encoder.name}-{os.getpid()}")
         save_encoder(learn, unfinished).replace(encoder)
         torch.manual_seed(seed)  # the head's weights are the same whether the encoder was there or not
-    return text_classifier_learner(dls, encoder=encoder)
+    return text_classifier_learner(dls, encoder=encoder, drop_mult=0.3)
 
 
 def _given(path: str) -> Path:
