@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +108,8 @@ class DetectionLoss(BaseLoss):
     """
 
     thresh: float = 0.5
+
+    of_each_row: ClassVar[bool] = False
 
     def __call__(self, pred: Any, *targets: Tensor) -> Tensor:
         if self.reduction != "mean":

@@ -9,7 +9,7 @@ workers, or of several batches, add up to what one worker finds over all rows.
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class BaseLoss:
     """What the losses have in common. reduction: "mean", "sum", or "none" for a loss of the target's shape."""
 
     reduction: str = "mean"
+
+    of_each_row: ClassVar[bool] = True  # whether reduction="none" has an answer
 
     def __post_init__(self) -> None:
         if self.reduction not in REDUCTIONS:

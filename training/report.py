@@ -15,6 +15,7 @@ from training.interpretation import (
     RegressionInterpretation,
     SegmentationInterpretation,
 )
+from training.losses import BaseLoss
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,12 +46,13 @@ def report_of(learn: "Learner", k: int = 9) -> Report:
     """
     found = Report()
     kind = next((kind for target, kind in _KINDS.items() if issubclass(learn.target_type, target)), Interpretation)
-    if not hasattr(learn.loss_func, "reduction"):
+    loss = learn.loss_func
+    if not (loss.of_each_row if isinstance(loss, BaseLoss) else hasattr(loss, "reduction")):
         found.texts["report.txt"] = "the loss has no value for each row, so there are no worst ones"
         return found
     interpretation = kind.from_learner(learn, k=k)
     losses, ids = interpretation.top_losses(k)
-    lines = [f"{loss:10.4f}  {row}" for loss, row in zip(losses.tolist(), ids, strict=True)]
+    lines = [f"{value:10.4f}  {row}" for value, row in zip(losses.tolist(), ids, strict=True)]
     found.texts["top_losses.txt"] = "\n".join(["      loss  row", *lines])
     if all(row.predicted for row in interpretation.worst):
         found.pictures["top_losses.png"] = interpretation.plot_top_losses(len(interpretation.worst))

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from blocks import BBoxBlock, BBoxLblBlock, DataBlock, DataLoaders, ImageBlock, RandomSplitter, Resize
-from training import DetectionLoss, GiveTargets, Learner, MeanAP, detection_model, encoder_and_rest, load_predictor
+from training import DetectionLoss, GiveTargets, Learner, MeanAP, detection_model, encoder_and_rest, load_predictor, report_of
 from training.detection import DETECTORS, Checked
 
 SMALL = "shufflenet_v2_x0_5"
@@ -152,3 +152,4 @@ def test_it_learns_and_predicts_boxes_in_pixels_of_the_persons_picture(dls: Data
 def test_a_loss_of_each_row_is_not_to_be_had(dls: DataLoaders) -> None:
     with pytest.raises(ValueError, match="losses come from the model"):
         detection(dls).get_preds(with_loss=True)
+    assert report_of(detection(dls)).texts == {"report.txt": "the loss has no value for each row, so there are no worst ones"}
