@@ -68,6 +68,25 @@ def forecasting_learner(*callbacks: Callback) -> Learner:
     return Learner(dls, training.NLinear(6, 3), training.L1LossFlat(), lr=0.01, callbacks=callbacks)
 
 
+class SeesTargets(nn.Module):
+    """A model that is given the targets beside the inputs, and does not need them to predict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        assert y is None or y.shape == (len(x), 1)
+        return self.out(x)
+
+
+def target_giving_learner(*callbacks: Callback) -> Learner:
+    torch.manual_seed(2)
+    batches = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(5)]
+    dls = DataLoaders(batches[:3], batches[3:])
+    return Learner(dls, SeesTargets(), training.MSELossFlat(), lr=0.01, callbacks=callbacks)
+
+
 def gan_learner(*callbacks: Callback) -> Learner:
     torch.manual_seed(4)
     real = [(torch.randn(8, 2),) for _ in range(5)]
@@ -102,6 +121,7 @@ SETTINGS: dict[str, tuple[MakeCallback, MakeLearner]] = {
         "EarlyStopping": lambda: training.EarlyStopping(patience=5),
         "FetchPredictions": training.FetchPredictions,
         "GatherPredictions": lambda: training.GatherPredictions(with_input=True, with_loss=True),
+        "GiveTargets": (training.GiveTargets, target_giving_learner),
         "GradientAccumulation": lambda: training.GradientAccumulation(8),
         "GradientClip": lambda: training.GradientClip(0.1),
         "LRFinder": lambda: training.LRFinder(1e-3, 0.1, 20),

@@ -239,7 +239,7 @@ def test_data_without_a_block_is_not_exported(learn: Learner, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("change", "because"),
     [
-        (lambda spec: spec.update(format=3), "has format 3; this version of fastray reads 2"),
+        (lambda spec: spec.update(format=4), "has format 4; this version of fastray reads 3"),
         (lambda spec: spec.pop("format"), "has format None"),
         (lambda spec: spec.update(loss={"name": "os.system"}), "names the loss 'os.system'; known: CrossEntropyLossFlat"),
         (lambda spec: spec["model"].update(builder="os.system"), "unknown model builder 'os.system'; known: .*little"),
@@ -251,8 +251,8 @@ def test_data_without_a_block_is_not_exported(learn: Learner, tmp_path: Path) ->
         ),
         (lambda spec: spec["inputs"][0]["tfms"][0].update(command="ls"), "OpenImage has the fields"),
         (lambda spec: spec["model"]["arguments"].update(width=5), "do not fit its model"),
-        (lambda spec: spec.pop("target"), "target"),
-        (lambda spec: spec["target"].update(type="os.system"), "unknown tensor type"),
+        (lambda spec: spec.pop("targets"), "targets"),
+        (lambda spec: spec["targets"][0].update(type="os.system"), "unknown tensor type"),
         (lambda spec: spec.update(sha256="0" * 64), "is not the file that was exported"),
         (lambda spec: spec["model"].update(builder=["little"]), "unhashable"),
         (lambda spec: spec.update(inputs=17), "int"),

@@ -29,6 +29,7 @@ NOISY = (VALUES + RNG.normal(size=ROWS) / 3)[:, None] + 0.2
 MAPS, MASKS = RNG.normal(size=(ROWS, 2, 3, 4)), RNG.integers(2, size=(ROWS, 3, 4))
 MANY, MULTI = RNG.normal(size=(ROWS, 3, 3, 4)), RNG.integers(3, size=(ROWS, 3, 4))
 TEXTS, WORDS = RNG.normal(size=(ROWS, 9, 5)), RNG.integers(1, 5, size=(ROWS, 9))
+POINTS, POINTS_THERE = RNG.normal(size=(2, ROWS, 3, 2))
 TEXTS[:, :6] += 9 * np.eye(5)[WORDS[:, :6]]  # else no four words in a row are ever right
 
 
@@ -94,6 +95,7 @@ CASES: dict[str, tuple[Callable[[], Metric | MetricFunction], np.ndarray, np.nda
     ),
     "accuracy_multi": (lambda: ours.accuracy_multi, LABELS, HOT, lambda p, t: np.mean((p > 0) == t)),
     "foreground_acc": (lambda: ours.foreground_acc, MANY, MULTI, lambda p, t: np.mean((best(p, 1) == t)[t != 0])),
+    "points_error": (lambda: ours.points_error, POINTS, POINTS_THERE, lambda p, t: np.hypot(*(p - t).T).mean() / 2),
     "mse": (lambda: ours.mse, NOISY, VALUES, lambda p, t: skm.mean_squared_error(t, p)),
     "mae": (lambda: ours.mae, NOISY, VALUES, lambda p, t: skm.mean_absolute_error(t, p)),
     "msle": (lambda: ours.msle, rise(NOISY), rise(VALUES), lambda p, t: skm.mean_squared_log_error(t, p)),
