@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
 import plum
 import pyarrow as pa
 
@@ -77,6 +78,11 @@ def _tokens(value: Any, seen: dict[int, int]) -> Iterator[str]:
             for k, v in value.items():
                 yield from _tokens(k, seen)
                 yield from _tokens(v, seen)
+        case np.ndarray() if not value.dtype.hasobject:
+            yield f"array:{value.dtype}:{value.shape}:{hashlib.sha256(value.tobytes()).hexdigest()}"
+        case np.ndarray():
+            yield f"array:{value.shape}"
+            yield from _tokens(value.tolist(), seen)
         case pa.Table():
             yield hashlib.sha256(_ipc(value)).hexdigest()
         case types.FunctionType():

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from blocks import (
@@ -213,6 +214,11 @@ def test_functions_that_call_themselves_or_each_other_end() -> None:
         (None, "None"),
         (Path("a"), "a"),
         (re.compile("a"), re.compile("a", re.IGNORECASE)),
+        (np.array([1, 2]), np.array([1, 3])),
+        (np.zeros(2), np.zeros(2, np.float32)),
+        (np.zeros((2, 3)), np.zeros((3, 2))),
+        (np.array(["2024-01-01"], "M8[D]"), np.array(["2024-01-02"], "M8[D]")),
+        (np.array(["a", None], object), np.array(["b", None], object)),
         (Resize(8), Resize(9)),
         (parent_label, get_image_files),
         (functools.partial(parent_label, 1), functools.partial(parent_label, 2)),
@@ -222,6 +228,11 @@ def test_functions_that_call_themselves_or_each_other_end() -> None:
 def test_different_values_differ(a: Any, b: Any) -> None:
     assert fingerprint(a) != fingerprint(b)
     assert re.fullmatch("[0-9a-f]{16}", fingerprint(a))
+
+
+def test_an_array_is_what_it_holds() -> None:
+    grid = np.arange(12.0).reshape(3, 4)
+    assert fingerprint(grid[:, ::2]) == fingerprint(grid[:, ::2].copy())
 
 
 def test_the_order_of_a_set_does_not_count() -> None:

@@ -133,6 +133,8 @@ def test_a_recipe_every_way(
     monkeypatch.setenv("FASTRAY_CACHE", str(own_cache))
     make = find_recipe(name)
     settings = TINY[name].ready(own_places) | {"schedule": one_cycle(1)}
+    block, source = make(**settings).data()
+    assert not block.plan(source).unkept  # a second run prepares nothing
     here = trained(make(**settings), Workers(0))
     predicted_every_way(here, monkeypatch, capsys)
     on_two = trained(make(**settings), Workers(2))
