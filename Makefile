@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCH := .venv-bench
 STAMP := $(VENV)/installed
+# Plain PyTorch is tested on all cores at once; Ray, which takes the cores itself, after it.
+PLAIN := --numprocesses auto --dist loadfile tests/blocks tests/training
+WITH_RAY := --durations 20 tests/cluster tests/pipelines tests/test_*.py
 
 .PHONY: run test test-all lint format constraints bench-env
 
@@ -11,10 +14,12 @@ run: $(STAMP)
 	$(BIN)/fastray train digits
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PLAIN)
+	$(BIN)/python -m pytest -m "not slow" $(WITH_RAY)
 
 test-all: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PLAIN)
+	$(BIN)/python -m pytest $(WITH_RAY)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -119,7 +119,7 @@ def test_blocks_that_are_no_blocks() -> None:
         ({"blocks": [NUMBER] * 3, "get_x": abs}, "get_x is one function, but there are 2 blocks"),
         ({"getters": [abs]}, "one function a block: 2, not 1"),
     ],
-    ids=str,
+    ids=lambda changes: " ".join(changes) if isinstance(changes, dict) else "",
 )
 def test_a_wrong_number_of_something(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

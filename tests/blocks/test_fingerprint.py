@@ -287,7 +287,7 @@ def label_by_stem(item: Path) -> str:
         {"blocks": (ImageBlock(), CategoryBlock(vocab=("a", "b")))},
         {"get_items": lambda source: get_image_files(source)},
     ],
-    ids=str,
+    ids=lambda changes: " ".join(changes),
 )
 def test_a_changed_block_changes_the_fingerprint(changes: dict[str, Any], folder: Path) -> None:
     assert planned(folder).fingerprint == planned(folder).fingerprint
