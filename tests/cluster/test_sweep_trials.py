@@ -228,6 +228,7 @@ def resumed(folder: Path) -> Swept:
     return resume_sweep(folder, toy, words, recording=Recording.taken_from(runner), **runner, say=quiet)
 
 
+@pytest.mark.timeout(600)  # three sweeps one after the other
 @pytest.mark.parametrize("search", ["random", pytest.param("optuna", marks=pytest.mark.slow)])
 def test_an_interrupted_sweep_goes_on_with_what_is_left(search: str, space: dict[str, Any], own_places: Path) -> None:
     words = space | {"lr": loguniform(1e-5, 1e-1)}
