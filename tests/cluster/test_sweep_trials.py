@@ -251,6 +251,7 @@ def test_an_interrupted_sweep_goes_on_with_what_is_left(search: str, space: dict
         assert {t.number: (t.drawn["lr"], t.score) for t in found.trials} == key
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_driver_was_killed_is_resumed_by_the_command(own_places: Path, few_digits: Path) -> None:
     """SIGKILL in its middle, then `fastray resume`: no trial is lost, run again or recorded twice."""
     (own_places / "toys.py").write_text(Path(module.__file__ or "").read_text())
