@@ -48,7 +48,7 @@ from training.distributed import default_device
 from training.learner import target_type
 from training.models import torchvision_names
 from training.precision import Precision
-from training.results import targets_of
+from training.results import target_kinds
 
 
 def image_classifier(
@@ -164,7 +164,7 @@ def detection_learner(
     metrics: by default mean average precision at an overlap of a half. The rest is as in `vision_learner`; the parameters are
     in two groups, the body's and the others. UserError for other targets, and for labels that have no number for none.
     """
-    if [t.kind for t in targets_of(dls)] != [TensorBBox, TensorBBoxLabel] or dls.vocab[:1] != (NA,):
+    if target_kinds(dls) != (TensorBBox, TensorBBoxLabel) or dls.vocab[:1] != (NA,):
         raise UserError(
             "a detection model learns boxes and their labels: blocks=(ImageBlock(), BBoxBlock(), BBoxLblBlock()), n_inp=1"
         )

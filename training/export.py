@@ -54,7 +54,7 @@ def export(learn: "Learner", path: str | Path, program: bool = False) -> Path:
     encode = learn.dls.encode
     if encode is None:
         raise ValueError("the data was not made from a DataBlock, so an export cannot know how to read an item")
-    batch, targets = _a_batch(learn), targets_of(learn.dls)
+    batch, targets = _a_batch(learn), targets_of(learn.dls, learn.target_kinds)
     if len(encode.columns) - encode.n_inp > max(1, len(targets)):
         raise ValueError(
             f"an export predicts one target, or boxes and their labels, and the data has {len(encode.columns) - encode.n_inp}"

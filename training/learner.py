@@ -446,6 +446,11 @@ class Learner:
         """The type of the data's last column: TensorCategory for class labels, Tensor where nothing is known."""
         return target_type(self.dls)
 
+    @functools.cached_property
+    def target_kinds(self) -> tuple[type[Tensor], ...]:
+        """The types of a batch's targets."""
+        return results.target_kinds(self.dls)
+
     def _to_device(self) -> None:
         self.model.to(self.device)
         if isinstance(self.loss_func, nn.Module):

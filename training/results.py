@@ -133,7 +133,7 @@ def predict(learn: "Learner", item: Any) -> Predicted:
     row = tuple(x[None] for x in input_tensors(learn.dls.encode, item))
     preds, _, decoded = get_preds(learn, [row], with_decoded=True)
     activations, prediction = _first_row(preds), _first_row(decoded)
-    targets = targets_of(learn.dls)
+    targets = targets_of(learn.dls, learn.target_kinds)
     if not targets:  # or several, and what belongs to which is the loss's matter
         return Predicted(prediction, prediction, activations)
     encode = learn.dls.encode
@@ -153,13 +153,17 @@ class Target(NamedTuple):
     tfms: Pipeline
 
 
-def targets_of(dls: "DataLoaders") -> tuple[Target, ...]:
-    """The targets that a prediction can be told as: the one there is, or boxes and their labels; else none."""
+def target_kinds(dls: "DataLoaders") -> tuple[type[Tensor], ...]:
+    """The types of a batch's targets."""
     batch = next(iter(dls.valid), None) or next(iter(dls.train))
-    kinds = [type(column) for column in batch[dls.n_inp :]]
+    return tuple(type(column) for column in batch[dls.n_inp :])
+
+
+def targets_of(dls: "DataLoaders", kinds: tuple[type[Tensor], ...]) -> tuple[Target, ...]:
+    """The targets, of these types, that a prediction can be told as: the one there is, or boxes and their labels; else none."""
     if dls.target is not None:
         return (Target(kinds[-1], dls.target.type_tfms),)
-    if kinds == [TensorBBox, TensorBBoxLabel] and dls.encode is not None:
+    if list(kinds) == [TensorBBox, TensorBBoxLabel] and dls.encode is not None:
         return tuple(Target(kind, c.type_tfms) for kind, c in zip(kinds, dls.encode.columns[dls.encode.n_inp :], strict=True))
     return ()
 
