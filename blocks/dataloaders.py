@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from blocks.streams import Streams
 from blocks.tensors import TensorCategory
 from blocks.transform import Pipeline, TransformLike
 
+Kind = TypeVar("Kind")
 _BOTH = ("batch_size", "pad", "samples", "sort_by_length", "lanes")
 _TRAINING = ("seed", "drop_last", "weights", "partial_n")
 
@@ -97,6 +98,11 @@ class DataLoaders:
                 f"{type(other).__name__}"
             )
         return self.train, self.valid
+
+    def fitted_tfm(self, kind: type[Kind]) -> Kind | None:
+        """The first type transform of this kind among the columns; None where there is none."""
+        tfms = () if self.encode is None else (t for c in self.encode.columns for t in c.type_tfms.transforms)
+        return next((t for t in tfms if isinstance(t, kind)), None)
 
     @property
     def vocab(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ Tokenised once, when the data is prepared; what there is to learn is learned fro
 tokenizer.json says otherwise; a batch has it behind its shorter texts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,7 @@ def _encoder(
 
 def text_tfm(dls: DataLoaders) -> EncodeText:
     """The fitted transform of the data's texts: `vocab`, `pad_id`, `decode`. TypeError when the data has none."""
-    tfms: Iterable[Any] = () if dls.encode is None else (t for c in dls.encode.columns for t in c.type_tfms.transforms)
-    found = next((t for t in tfms if isinstance(t, EncodeText)), None)
+    found = dls.fitted_tfm(EncodeText)
     if found is None:
         raise TypeError("the data has no text among its inputs: make it by text_dataloaders, or with a TextBlock")
     return found

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from blocks.cache import cache_folder
 from blocks.errors import UserError
+from blocks.storage import writing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,7 +85,6 @@ def kept_table(name: str, read: "Callable[..., pd.DataFrame]") -> Path:
 
         frame = read(pd)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}-{os.getpid()}")
-        frame.to_parquet(unfinished, index=False)
-        unfinished.replace(path)
+        with writing(path.parent, path.name) as out:
+            frame.to_parquet(out, index=False)
     return path

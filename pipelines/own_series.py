@@ -97,9 +97,10 @@ def own_block(source: Path, words: Words) -> DataBlock:
     """The DataBlock of a file or folder of series, after a look at it; prints what was found."""
     if source.suffix == ".ts" or (source.is_dir() and any(source.glob("*.ts"))):
         return _of_ts(source, words)
-    words = found_in(read_table(source), words)
+    frame = read_table(source)
+    words = found_in(frame, words)
     if words.label:
-        return _of_labels(source, words)
+        return _of_labels(frame, words)
     print(
         f"series: {words.horizon} steps ahead of {', '.join(words.values)} from {words.lookback}, by {words.time}"
         + (f", a series for each {words.group}" if words.group else "")
@@ -127,9 +128,9 @@ def _of_ts(source: Path, words: Words) -> DataBlock:
     return replace(_labelled(rows, how, splitter), get_items=get_ts_series)
 
 
-def _of_labels(source: Path, words: Words) -> DataBlock:
+def _of_labels(frame: "pd.DataFrame", words: Words) -> DataBlock:
     items = partial(labelled_series, time=words.time, values=words.values, group=words.group, label=words.label)
-    rows = items(source)
+    rows = items(frame)
     how = f"{words.valid_pct:.0%} of each {words.group} at random validate"
     return replace(_labelled(rows, how, _at_random(words, rows)), get_items=items)
 

@@ -104,10 +104,13 @@ def tabular_block_for(
     **settings: Any,
 ) -> DataBlock:
     """The `tabular_block` of a table, what is not said being found in its first rows; `settings` are that function's."""
-    if cat_names is None and cont_names is None:
-        cont_names, cat_names = cont_cat_split(first_rows(source_of(source, source)), dep_var=y_names)
-    if y_block is None and (isinstance(y_names, str) or len(y_names) == 1):
-        target = column_of(first_rows(source_of(source, source)), y_names if isinstance(y_names, str) else y_names[0])
+    to_find = cat_names is None and cont_names is None
+    to_judge = y_block is None and (isinstance(y_names, str) or len(y_names) == 1)
+    first = first_rows(source_of(source, source)) if to_find or to_judge else None
+    if to_find:
+        cont_names, cat_names = cont_cat_split(first, dep_var=y_names)
+    if to_judge:
+        target = column_of(first, y_names if isinstance(y_names, str) else y_names[0])
         y_block = RegressionBlock() if is_number_column(target) else CategoryBlock()
     return tabular_block(y_names, cat_names or (), cont_names or (), y_block=y_block, **settings)
 
@@ -178,8 +181,7 @@ def _begin_at_mean(model: nn.Module, dls: DataLoaders) -> None:
 
 def table_of(dls: DataLoaders) -> EncodeTable:
     """The fitted transform of the data's table: its columns, vocabularies, means. TypeError when the data has none."""
-    tfms = [] if dls.encode is None else [t for c in dls.encode.columns for t in c.type_tfms.transforms]
-    found = next((t for t in tfms if isinstance(t, EncodeTable)), None)
+    found = dls.fitted_tfm(EncodeTable)
     if found is None:
         raise TypeError("the data has no table among its inputs: make it by tabular_dataloaders or with a TabularBlock")
     return found

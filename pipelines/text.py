@@ -8,7 +8,6 @@ learn.predict("great food").label
 A classifier learns more from a language model's encoder: `lm_dataloaders(dls)` has the same texts as streams (`ulmfit`).
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -31,11 +30,11 @@ from blocks.streams import Streams
 from blocks.text import TextBlock
 from blocks.tokens import read_text
 from pipelines.examples import pydoc_topics, reviews_table
+from pipelines.settings import BatchSize, given_path
 from pipelines.text_learners import language_model_learner, save_encoder, text_classifier_learner
 from training import Learner, Recipe, Schedule, gradual_unfreeze, one_cycle, recipe
 from training.recipe import SettingError
 
-BatchSize = Annotated[int, Field(ge=2)]  # BatchNorm needs two rows
 Tokens = Literal["words", "bpe", "unigram"]
 
 # --- data --------------------------------------------------------------------------------------------------------------
@@ -223,7 +222,9 @@ def texts(
         block=partial(
             _own_block, text=text, label=label, split=split, valid=valid, seed=seed, tokenizer=tokenizer, min_freq=min_freq
         ),
-        source=partial(_given, path),
+        source=partial(
+            given_path, "texts", path, "a CSV or Parquet file with text=... and label=..., or a folder of .txt files"
+        ),
         learner=partial(text_classifier_learner, config=SMALL),
         lr=lr,
         schedule=schedule,
@@ -239,21 +240,15 @@ def _reviews(tokenizer: str) -> DataBlock:
 
 def _from_language_model(dls: DataLoaders, epochs: int, lr: float, seed: int) -> Learner:
     assert dls.prepared is not None
-    key = fingerprint(dls.prepared.fingerprint, getattr(dls.train, "batch_size", None), epochs, lr, seed, dict(SMALL))
+    batch_size = getattr(dls.train, "batch_size", None)
+    key = fingerprint(dls.prepared.fingerprint, batch_size, epochs, lr, seed, dict(SMALL), LM_DROP)
     encoder = cache_folder() / "encoders" / f"{key}.safetensors"
     if not encoder.exists():
         learn = language_model_learner(lm_dataloaders(dls), config=SMALL, drop_mult=LM_DROP)
         learn.fit_one_cycle(epochs, lr)
-        unfinished = encoder.with_name(f".{encoder.name}-{os.getpid()}")
-        save_encoder(learn, unfinished).replace(encoder)
+        save_encoder(learn, encoder)
         torch.manual_seed(seed)  # the head's weights are the same whether the encoder was there or not
     return text_classifier_learner(dls, encoder=encoder, drop_mult=0.3)
-
-
-def _given(path: str) -> Path:
-    if not path:
-        raise SettingError("texts needs path=..., a CSV or Parquet file with text=... and label=..., or a folder of .txt files")
-    return Path(path).expanduser()
 
 
 def _own_block(path: Path, text: str, label: str, split: str, valid: str, seed: int, **how: Any) -> DataBlock:

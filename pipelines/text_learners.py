@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from blocks.dataloaders import DataLoaders
 from blocks.errors import UserError
+from blocks.storage import put
 from blocks.tensors import TensorText
 from blocks.text import text_tfm
 from blocks.words import UNK
@@ -283,10 +284,10 @@ def save_encoder(learn: Learner, path: str | Path) -> Path:
     if not isinstance(spec, ModelSpec) or not isinstance(encoder, nn.Module):
         raise UserError(f"{type(learn.model).__name__} has no encoder of ours to save: make it by language_model_learner")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: w.detach().cpu().clone().contiguous() for name, w in encoder.state_dict().items()}
     about = {"builder": spec.builder, "arguments": spec.arguments, "vocab": list(text_tfm(learn.dls).vocab)}
-    safetensors.torch.save_file(weights, path, metadata={"fastray": json.dumps(about)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    put(path.parent, path.name, safetensors.torch.save(weights, metadata={"fastray": json.dumps(about)}))
     return path
 
 

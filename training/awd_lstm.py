@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from training.models import model_builder
-from training.text import PAD, Encoder, Hidden, LanguageModel, PoolingHead, RNNDropout, TextClassifier
+from training.text import PAD, Encoder, Hidden, LanguageModel, PoolingHead, RNNDropout, TextClassifier, layers_and_rest
 
 # cuDNN copies weights that do not lie one behind the other, and says so each time; dropped ones never do.
 warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk of memory")
@@ -109,17 +109,9 @@ def awd_lstm_lm(
     pad_id: int = PAD,
 ) -> nn.Module:
     """A `LanguageModel` of an AWD-LSTM. drop_mult: a factor for all its dropouts; tie_weights, out_bias: of the decoder."""
-    encoder = AWD_LSTM(
-        n_vocab,
-        emb_sz,
-        n_hid,
-        n_layers,
-        embed_p=embed_p * drop_mult,
-        input_p=input_p * drop_mult,
-        weight_p=weight_p * drop_mult,
-        hidden_p=hidden_p * drop_mult,
-        pad_id=pad_id,
-    )
+    drops = {"embed_p": embed_p, "input_p": input_p, "weight_p": weight_p, "hidden_p": hidden_p}
+    drops = {name: p * drop_mult for name, p in drops.items()}
+    encoder = AWD_LSTM(n_vocab, emb_sz, n_hid, n_layers, **drops, pad_id=pad_id)
     return LanguageModel(encoder, output_p * drop_mult, tie_weights, out_bias)
 
 
@@ -146,26 +138,16 @@ def awd_lstm_classifier(
 ) -> nn.Module:
     """A `TextClassifier` of an AWD-LSTM and a `PoolingHead`. drop_mult: a factor for the dropouts of the encoder and
     before the head."""
-    encoder = AWD_LSTM(
-        n_vocab,
-        emb_sz,
-        n_hid,
-        n_layers,
-        embed_p=embed_p * drop_mult,
-        input_p=input_p * drop_mult,
-        weight_p=weight_p * drop_mult,
-        hidden_p=hidden_p * drop_mult,
-        pad_id=pad_id,
-    )
+    drops = {"embed_p": embed_p, "input_p": input_p, "weight_p": weight_p, "hidden_p": hidden_p}
+    drops = {name: p * drop_mult for name, p in drops.items()}
+    encoder = AWD_LSTM(n_vocab, emb_sz, n_hid, n_layers, **drops, pad_id=pad_id)
     head = PoolingHead(3 * emb_sz, n_out, lin_ftrs, [output_p * drop_mult, *ps], y_range)
     return TextClassifier(encoder, head, seq_len, max_len)
 
 
 def awd_lstm_lm_split(model: nn.Module) -> list[list[nn.Parameter]]:
     """Groups of a language model for freezing: each layer of the LSTM, and last the embedding with the decoder, tied to it."""
-    layers = [list(layer.parameters()) for layer in model.encoder.layers]  # type: ignore[union-attr]
-    of_layers = {id(p) for layer in layers for p in layer}
-    return [*layers, [p for p in model.parameters() if id(p) not in of_layers]]
+    return layers_and_rest(model.encoder.layers, model)  # type: ignore[union-attr,arg-type]
 
 
 def awd_lstm_clas_split(model: nn.Module) -> list[list[nn.Parameter]]:

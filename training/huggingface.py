@@ -37,9 +37,7 @@ class HuggingFaceEncoder(Encoder):
         self.body = body
 
     def forward(self, tokens: Tensor, hidden: Hidden = None) -> tuple[Tensor, Hidden]:
-        seen = tokens != self.pad_id
-        seen = seen | ~seen.any(1, keepdim=True)  # attention over nothing is no number
-        return self.body(input_ids=tokens, attention_mask=seen.long()).last_hidden_state, None
+        return self.body(input_ids=tokens, attention_mask=self.attended(tokens).long()).last_hidden_state, None
 
 
 @model_builder

@@ -4,7 +4,7 @@ An encoder maps tokens int64 (rows, steps), and a state, to (rows, steps, featur
 their end, so what a text gives does not depend on its padding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,11 @@ class Encoder(nn.Module):
     def __init__(self, n_features: int, pad_id: int = PAD):
         super().__init__()
         self.n_features, self.pad_id = n_features, pad_id
+
+    def attended(self, tokens: Tensor) -> Tensor:
+        """Which tokens attention sees, bool: all but padding, and all of a row of nothing else: of none it is no number."""
+        there = tokens != self.pad_id
+        return there | ~there.any(1, keepdim=True)
 
 
 class RNNDropout(nn.Module):
@@ -147,6 +152,13 @@ class PoolingHead(nn.Sequential):
             for i, (a, b, p) in enumerate(zip(sizes, sizes[1:], ps, strict=False))
         ]
         super().__init__(*layers, *([] if y_range is None else [SigmoidRange(y_range[0], y_range[1])]))
+
+
+def layers_and_rest(layers: Iterable[nn.Module], model: nn.Module) -> list[list[nn.Parameter]]:
+    """Groups of a language model's parameters for freezing: each of its encoder's `layers`, and last all others."""
+    groups = [list(layer.parameters()) for layer in layers]
+    of_layers = {id(p) for group in groups for p in group}
+    return [*groups, [p for p in model.parameters() if id(p) not in of_layers]]
 
 
 def token_accuracy() -> AvgMetric:

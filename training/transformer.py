@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from training.models import model_builder
-from training.text import PAD, Encoder, Hidden, LanguageModel, PoolingHead, TextClassifier, mean_pool
+from training.text import PAD, Encoder, Hidden, LanguageModel, PoolingHead, TextClassifier, layers_and_rest, mean_pool
 
 
 class TransformerEncoder(Encoder):
@@ -43,10 +43,8 @@ class TransformerEncoder(Encoder):
         steps = tokens.shape[1]
         scaled = self.embedding(tokens) * math.sqrt(self.n_features)
         x = self.drop(scaled + sines(steps, self.n_features, scaled))
-        pads = tokens == self.pad_id
-        pads = pads & ~pads.all(1, keepdim=True)  # attention over nothing is no number
         mask = nn.Transformer.generate_square_subsequent_mask(steps, x.device) < 0 if self.causal else None
-        return self.body(x, mask=mask, src_key_padding_mask=pads, is_causal=self.causal), None
+        return self.body(x, mask=mask, src_key_padding_mask=~self.attended(tokens), is_causal=self.causal), None
 
 
 def sines(steps: int, features: int, like: Tensor) -> Tensor:
@@ -110,9 +108,7 @@ def transformer_classifier(
 
 def transformer_lm_split(model: nn.Module) -> list[list[nn.Parameter]]:
     """Groups of a language model for freezing: each layer, and last the embedding with the decoder, tied to it."""
-    layers = [list(layer.parameters()) for layer in model.encoder.body.layers]  # type: ignore[union-attr]
-    of_layers = {id(p) for layer in layers for p in layer}
-    return [*layers, [p for p in model.parameters() if id(p) not in of_layers]]
+    return layers_and_rest(model.encoder.body.layers, model)  # type: ignore[union-attr,arg-type]
 
 
 def transformer_clas_split(model: nn.Module) -> list[list[nn.Parameter]]:
